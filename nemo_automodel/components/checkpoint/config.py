@@ -1,0 +1,58 @@
+"""Settings of checkpoints. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_automodel.shared.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class CheckpointingConfig:
+    """The ``checkpoint:`` section."""
+
+    enabled: bool = True
+    checkpoint_dir: str = "checkpoints/"
+    model_save_format: str = "safetensors"
+    save_consolidated: bool | str = "final"
+    """``false``, ``final`` or ``every`` (``true`` is ``every``). One process writes the Hugging Face files at every
+    save, whatever this says."""
+    is_async: bool = False
+    wait_for_staging: bool = False
+    cpu_offload: bool = False
+    model_cache_dir: str | None = None
+    """``null``: the Hugging Face cache."""
+    model_repo_id: str | None = None
+    allow_legacy_pickle_restore: bool = False
+    dequantize_base_checkpoint: bool | None = None
+    original_model_root_dir: str | None = None
+    skip_task_head_prefixes_for_base_model: list[str] | None = None
+    single_rank_consolidation: bool = False
+    staging_dir: str | None = None
+    v4_compatible: bool = False
+    diffusers_compatible: bool = False
+    best_metric_key: str = "default"
+    """Name of the validation set whose loss decides ``LOWEST_VAL``."""
+    consolidation_timeout_minutes: int = 30
+    max_recent_checkpoints: int | None = None
+    """Keep this many newest checkpoints, and whatever a pointer names."""
+    restore_from: str | None = None
+    """``null`` resumes from ``LATEST``; a pointer name, a directory name under ``checkpoint_dir``, or a path."""
+    load_base_model: bool | None = None
+
+    def __post_init__(self) -> None:
+        formats = ("safetensors", "torch_save")
+        if self.model_save_format not in formats:
+            raise ConfigError(
+                f"`checkpoint.model_save_format: {self.model_save_format}` is not known."
+                f"{did_you_mean(self.model_save_format, formats)} Known: {', '.join(formats)}."
+            )
+        if self.save_consolidated not in (True, False, "final", "every"):
+            raise ConfigError(
+                f"`checkpoint.save_consolidated: {self.save_consolidated}` is not known. Use false, final or every."
+            )
+        if self.max_recent_checkpoints is not None and self.max_recent_checkpoints < 1:
+            raise ConfigError(
+                f"`checkpoint.max_recent_checkpoints` is {self.max_recent_checkpoints}, but at least 1 must be kept. "
+                "Use null to keep all."
+            )

@@ -1,0 +1,65 @@
+"""Settings of the learning-rate schedule. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_automodel.shared.errors import ConfigError, did_you_mean
+
+DECAY_STYLES = ("constant", "linear", "cosine", "WSD", "inverse-square-root")
+WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
+WD_STYLES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class LRSchedulerConfig:
+    """The ``lr_scheduler:`` section. ``null`` fields are filled from the optimizer and the length of the run."""
+
+    lr_decay_style: str = "cosine"
+    lr_warmup_steps: int | None = None
+    """``null``: a tenth of the run, at most 1000."""
+    lr_decay_steps: int | None = None
+    """``null``: the whole run."""
+    init_lr: float | None = None
+    """``null``: a tenth of the optimizer's ``lr``."""
+    max_lr: float | None = None
+    """``null``: the optimizer's ``lr``."""
+    min_lr: float | None = None
+    """``null``: a hundredth of the optimizer's ``lr``."""
+    start_wd: float | None = None
+    end_wd: float | None = None
+    wd_incr_steps: int | None = None
+    wd_incr_style: str = "constant"
+    use_checkpoint_opt_param_scheduler: bool | None = None
+    """``true`` keeps a checkpoint's schedule when a run is extended; ``null`` plans the decay anew."""
+    override_opt_param_scheduler: bool = False
+    """``true`` ignores the schedule of a checkpoint and uses this section."""
+    wsd_decay_steps: int | None = None
+    lr_wsd_decay_style: str = "exponential"
+
+    def __post_init__(self) -> None:
+        _require_one_of("lr_decay_style", self.lr_decay_style, DECAY_STYLES)
+        _require_one_of("lr_wsd_decay_style", self.lr_wsd_decay_style, WSD_DECAY_STYLES)
+        _require_one_of("wd_incr_style", self.wd_incr_style, WD_STYLES)
+        for key in ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps", "wsd_decay_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                raise ConfigError(f"`lr_scheduler.{key}` is {value}, but a number of steps cannot be negative.")
+        for key in ("init_lr", "max_lr", "min_lr"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                raise ConfigError(f"`lr_scheduler.{key}` is {value}, but a learning rate cannot be negative.")
+        if self.lr_decay_style == "WSD" and self.wsd_decay_steps is None:
+            raise ConfigError("`lr_scheduler.lr_decay_style: WSD` needs `lr_scheduler.wsd_decay_steps`. Set it.")
+        if self.use_checkpoint_opt_param_scheduler and self.override_opt_param_scheduler:
+            raise ConfigError(
+                "`lr_scheduler.use_checkpoint_opt_param_scheduler` and `lr_scheduler.override_opt_param_scheduler` are "
+                "both true, but they contradict each other. Set one of them to false."
+            )
+
+
+def _require_one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"`lr_scheduler.{key}: {value}` is not known.{did_you_mean(value, known)} Known: {', '.join(known)}."
+        )

@@ -1,0 +1,30 @@
+"""Optional packages: one way to ask for them, one message when they are missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from nemo_automodel.shared.errors import UserError
+
+# package → the extra of this project that installs it; packages without an extra are installed by their own name
+_EXTRAS = {"bitsandbytes": "qlora", "gguf": "demo", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def is_available(package: str) -> bool:
+    """Tell whether ``package`` can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def require(package: str, purpose: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        UserError: the package is not installed; the message holds the exact pip line.
+    """
+    if not is_available(package.partition(".")[0]):
+        extra = _EXTRAS.get(package.partition(".")[0])
+        what = f"'nemo-automodel[{extra}]'" if extra else package
+        raise UserError(f"{purpose} needs the package `{package}`, which is not installed. Run: pip install {what}")
+    return importlib.import_module(package)
