@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_automodel.shared.errors import ConfigError, did_you_mean
+from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
+
+# keys that change what is saved or loaded and that no code honours yet
+_LATER = (
+    "is_async",
+    "model_cache_dir",
+    "model_repo_id",
+    "dequantize_base_checkpoint",
+    "original_model_root_dir",
+    "skip_task_head_prefixes_for_base_model",
+    "staging_dir",
+    "v4_compatible",
+    "diffusers_compatible",
+)
 
 
 @dataclass(frozen=True)
@@ -55,4 +68,20 @@ class CheckpointingConfig:
             raise ConfigError(
                 f"`checkpoint.max_recent_checkpoints` is {self.max_recent_checkpoints}, but at least 1 must be kept. "
                 "Use null to keep all."
+            )
+        self._refuse_what_comes_later()
+
+    def _refuse_what_comes_later(self) -> None:
+        for key in _LATER:
+            value = getattr(self, key)
+            if value:
+                raise NotSupportedYetError(f"`checkpoint.{key}: {value}` is not supported yet. Remove the key.")
+        if self.model_save_format == "torch_save":
+            raise NotSupportedYetError(
+                "`checkpoint.model_save_format: torch_save` is not supported yet. Use safetensors."
+            )
+        if self.checkpoint_dir.startswith("msc://"):
+            raise NotSupportedYetError(
+                f"`checkpoint.checkpoint_dir: {self.checkpoint_dir}`: object stores are not supported yet. "
+                "Use a local directory."
             )

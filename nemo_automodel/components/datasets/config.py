@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_automodel.shared.errors import ConfigError, did_you_mean
+from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
 
 PACKING_STRATEGIES = ("thd", "neat")
 
@@ -20,6 +20,7 @@ class DataloaderConfig:
     """``null``: shuffle map-style training data, keep validation data in order."""
     group_by_length: bool = False
     shuffle_buffer_size: int = 10000
+    """Streams whose rows have numbers are shuffled as a whole instead."""
     batch_size: int | str | None = "local"
     """``local`` is ``step_scheduler.local_batch_size``; ``null``: the dataset yields whole batches."""
     num_workers: int = 0
@@ -30,6 +31,26 @@ class DataloaderConfig:
     dataloader_type: str | None = None
     sampler: Any = None
     dataset: Any = None
+
+    def __post_init__(self) -> None:
+        if self.sampler is not None:
+            raise NotSupportedYetError(
+                "`dataloader.sampler` is not supported yet. Remove it: rows are shuffled or kept in order by "
+                "`dataloader.shuffle`, and shared out over ranks."
+            )
+        if self.batch_size not in (None, "local") and not (isinstance(self.batch_size, int) and self.batch_size >= 1):
+            raise ConfigError(
+                f"`dataloader.batch_size` is {self.batch_size}, but it must be at least 1. Leave it out to use "
+                "`step_scheduler.local_batch_size`, or use null where the data set yields whole batches."
+            )
+        if self.num_workers < 0:
+            raise ConfigError(f"`dataloader.num_workers` is {self.num_workers}, but it cannot be negative. Use 0.")
+        for key in ("persistent_workers", "prefetch_factor"):
+            if getattr(self, key) and self.num_workers == 0:
+                raise ConfigError(
+                    f"`dataloader.{key}: {getattr(self, key)}` needs workers, but `dataloader.num_workers` is 0. "
+                    f"Set it to 1 or more, or remove `{key}`."
+                )
 
 
 @dataclass(frozen=True)

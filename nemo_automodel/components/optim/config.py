@@ -10,6 +10,34 @@ DECAY_STYLES = ("constant", "linear", "cosine", "WSD", "inverse-square-root")
 WSD_DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 WD_STYLES = ("constant", "linear", "cosine")
 
+OPTIMIZER_NAMES = {
+    "adam": "torch.optim.Adam",
+    "adamw": "torch.optim.AdamW",
+    "fused_adam": "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam",
+    "flash_adamw": "flashoptim.FlashAdamW",
+    "muon": "dion.Muon",
+    "normuon": "dion.NorMuon",
+    "dion": "dion.Dion",
+    "dion2": "dion.Dion2",
+}
+"""Short names of optimizers and what they stand for."""
+
+
+def optimizer_path(name: str) -> str:
+    """Return the dotted path of an optimizer given by a short name; a dotted path is returned as it is.
+
+    Raises:
+        ConfigError: a short name that is not known.
+    """
+    if "." in name:
+        return name
+    if name not in OPTIMIZER_NAMES:
+        raise ConfigError(
+            f"`optimizer._target_: {name}` is not known.{did_you_mean(name, OPTIMIZER_NAMES)} "
+            f"Known short names: {', '.join(OPTIMIZER_NAMES)}; any other optimizer by its dotted path."
+        )
+    return OPTIMIZER_NAMES[name]
+
 
 @dataclass(frozen=True)
 class LRSchedulerConfig:
@@ -43,8 +71,15 @@ class LRSchedulerConfig:
         _require_one_of("wd_incr_style", self.wd_incr_style, WD_STYLES)
         for key in ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps", "wsd_decay_steps"):
             value = getattr(self, key)
-            if value is not None and value < 0:
-                raise ConfigError(f"`lr_scheduler.{key}` is {value}, but a number of steps cannot be negative.")
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ConfigError(
+                    f"`lr_scheduler.{key}` is {value}, but a number of steps is a whole number, 0 or more. Give steps, "
+                    "not a share of the run."
+                )
+        if self.lr_decay_steps == 0:
+            raise ConfigError(
+                "`lr_scheduler.lr_decay_steps` is 0, but it must be at least 1. Use null for the whole run."
+            )
         for key in ("init_lr", "max_lr", "min_lr"):
             value = getattr(self, key)
             if value is not None and value < 0:

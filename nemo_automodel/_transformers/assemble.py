@@ -1,0 +1,197 @@
+"""Model surgery: the one place where a loaded model is changed, in one order.
+
+1. load, or build with random weights; bitsandbytes packs each weight as it is read, so at most a few unpacked weights
+   are held beside the packed model (``AUTOMODEL_BNB_STREAMING`` asks for what happens anyway);
+2. freeze what ``freeze_config`` names;
+3. put adapters on whatever linear layers are there, packed or not;
+4. recompute activations in the backward pass;
+5. compile;
+6. move to the device, unless the weights were read straight onto it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nemo_automodel._transformers.model_source import readable_errors
+from nemo_automodel._transformers.options import FREEZE_KEYS
+from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
+from nemo_automodel.components.quantization.config import CompileConfig
+from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.imports import is_available
+
+logger = logging.getLogger(__name__)
+
+# what selective recomputation keeps: the results that cost most to make again
+_EXPENSIVE_OPS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+@dataclass
+class AssemblyPlan:
+    """Everything `assemble` needs, resolved."""
+
+    auto_class: Any
+    """One of Transformers' auto classes."""
+    config: PretrainedConfig
+    source: str | None
+    """Where the weights are; None builds random ones."""
+    device: torch.device
+    dtype: torch.dtype | None
+    attn_implementation: str | None = None
+    quantization: BitsAndBytesConfig | None = None
+    freeze: dict[str, bool] = field(default_factory=dict)
+    peft: PeftConfig | None = None
+    activation_checkpointing: str = "none"
+    compile: CompileConfig | None = None
+    compile_layers: bool = False
+    trust_remote_code: bool = False
+    hub: dict[str, Any] = field(default_factory=dict)
+
+
+def assemble(plan: AssemblyPlan) -> PreTrainedModel:
+    """Return the model of ``plan`` on its device, in evaluation mode as Transformers leaves it.
+
+    Raises:
+        UserError: weights are missing or do not fit, targets match nothing, or the model cannot do what is asked.
+    """
+    model = _build(plan) if plan.source is None else _load(plan, plan.source)
+    _freeze(model, plan.freeze)
+    if plan.peft is not None:
+        num_layers = apply_lora(model, plan.peft)
+        logger.info("LoRA on %d linear layers, rank %d.", num_layers, plan.peft.dim)
+    if plan.activation_checkpointing != "none":
+        _recompute_activations(model, plan.activation_checkpointing)
+    _compile(model, plan.compile, plan.compile_layers)
+    if plan.quantization is None:  # packed weights are already there, and some refuse to move
+        model.to(plan.device)  # type: ignore[arg-type]
+    return model
+
+
+def _build(plan: AssemblyPlan) -> PreTrainedModel:
+    if plan.quantization is not None:
+        raise UserError("`quantization` packs trained weights, but `from_config` makes random ones. Leave one out.")
+    model: PreTrainedModel = plan.auto_class.from_config(
+        plan.config,
+        dtype=plan.dtype or torch.float32,
+        attn_implementation=plan.attn_implementation,
+        trust_remote_code=plan.trust_remote_code,
+    )
+    return model
+
+
+def _load(plan: AssemblyPlan, source: str) -> PreTrainedModel:
+    # reading straight onto the GPU halves the peak where CPU and GPU share memory; Transformers needs accelerate for it
+    reads_onto_device = plan.quantization is not None or (plan.device.type != "cpu" and is_available("accelerate"))
+    model: PreTrainedModel
+    with readable_errors(source):
+        model, report = plan.auto_class.from_pretrained(
+            source,
+            config=plan.config,
+            dtype=plan.dtype or "auto",
+            attn_implementation=plan.attn_implementation,
+            quantization_config=plan.quantization,
+            device_map={"": plan.device} if reads_onto_device else None,
+            trust_remote_code=plan.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            **plan.hub,
+        )
+    _check_loaded(model, report, source)
+    return model
+
+
+def _check_loaded(model: PreTrainedModel, report: dict[str, Any], source: str) -> None:
+    """Refuse a model of which some weights stayed random."""
+    mismatched = [item[0] if isinstance(item, tuple) else item for item in report["mismatched_keys"]]
+    if mismatched:
+        raise UserError(
+            f"The weights of `{source}` do not fit its configuration: `{mismatched[0]}` has another shape "
+            f"({len(mismatched)} such weights). Remove the override of its size, or take the right config.json."
+        )
+    missing = sorted(report["missing_keys"])
+    has_task_head = model.get_output_embeddings() is None  # type: ignore[no-untyped-call]
+    is_head_only = has_task_head and all(name.count(".") == 1 for name in missing)
+    if missing and not is_head_only:
+        raise UserError(
+            f"`{source}` is incomplete: {len(missing)} weights of {type(model).__name__} are missing, the first is "
+            f"`{missing[0]}`. Download it again, or use the class it was saved from."
+        )
+    if missing:
+        logger.info("New weights, to be learned: %s.", ", ".join(missing))
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        logger.info("%d weights of `%s` are not used, the first is %s.", len(unexpected), source, unexpected[0])
+
+
+def _freeze(model: PreTrainedModel, freeze: dict[str, bool]) -> None:
+    """Turn gradients off for the embeddings and for modules whose names hold the words of `FREEZE_KEYS`."""
+    if freeze.get("freeze_embeddings"):
+        embeddings = model.get_input_embeddings()
+        embeddings.requires_grad_(False)
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is not None and head.weight is embeddings.weight:
+            logger.info("`freeze_embeddings` freezes the output head as well: they share one weight.")
+    for key, words in FREEZE_KEYS.items():
+        if freeze.get(key) and words:
+            frozen = [p for name, p in model.named_parameters() if any(word in name for word in words)]
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            logger.info("`%s`: %d weights frozen.", key, len(frozen))
+
+
+def _recompute_activations(model: PreTrainedModel, policy: str) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__} cannot recompute activations. Set `distributed.activation_checkpointing: false`."
+        )
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if policy == "selective":
+        kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _EXPENSIVE_OPS)
+    # the public method also makes the embeddings' output need a gradient, as reentrant checkpoints want; that would run
+    # the backward pass through frozen layers below the lowest adapter
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, **kwargs))
+
+
+def _compile(model: PreTrainedModel, cfg: CompileConfig | None, compile_layers: bool) -> None:
+    """Compile in place, the whole model or layer by layer, so that no name changes. Work happens at the first step."""
+    is_whole = cfg is not None and cfg.enabled
+    if not (is_whole or compile_layers):
+        return
+    cfg = cfg or CompileConfig()
+    torch._dynamo.config.recompile_limit = cfg.dynamo_cache_size_limit
+    kwargs: dict[str, Any] = {
+        "fullgraph": cfg.fullgraph,
+        # rows differ in length: `False` would compile again for every length, `None` makes lengths symbolic when needed
+        "dynamic": cfg.dynamic or None,
+        "backend": cfg.backend or "inductor",
+        "mode": None if cfg.mode == "default" else cfg.mode,
+        "options": cfg.options or None,
+    }
+    if kwargs["mode"] and kwargs["options"]:
+        raise UserError("`compile.mode` and `compile.options` cannot both be set. Leave one of them out.")
+    if is_whole:
+        model.compile(**kwargs)
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} has no decoder layers to compile one by one. Use `compile.enabled: true`."
+        )
+    for layer in layers:
+        layer.compile(**kwargs)

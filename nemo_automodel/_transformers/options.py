@@ -1,0 +1,211 @@
+"""What a caller may ask of a model, checked and translated before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from nemo_automodel.components._peft.config import PeftConfig
+from nemo_automodel.components.quantization.config import CompileConfig, QuantizationConfig
+from nemo_automodel.shared.backend import BackendConfig
+from nemo_automodel.shared.dtypes import parse_dtype
+from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, UserError, did_you_mean
+from nemo_automodel.shared.imports import is_available, require
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_NAMES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+RECOMPUTE_POLICIES = ("none", "selective", "full")
+FREEZE_KEYS = {
+    "freeze_embeddings": (),
+    "freeze_vision_tower": ("vision", "visual", "image_encoder"),
+    "freeze_audio_tower": ("audio",),
+    "freeze_language_model": ("language_model",),
+    "freeze_video_embedder": ("video_embed",),
+}
+"""Keys of ``freeze_config`` → parts of module names that mean the module."""
+
+HUB_KEYS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
+"""Keywords that say how files are fetched."""
+
+
+@dataclass
+class ModelOptions:
+    """The keywords of `from_pretrained` and `from_config`; whatever is no field overrides the model's config.json."""
+
+    torch_dtype: str | torch.dtype = "auto"
+    dtype: str | torch.dtype | None = None
+    attn_implementation: str | None = None
+    quantization_config: QuantizationConfig | BitsAndBytesConfig | dict[str, Any] | None = None
+    peft_config: PeftConfig | None = None
+    compile_config: CompileConfig | None = None
+    compile_layers: bool = False
+    freeze_config: dict[str, bool] | None = None
+    activation_checkpointing: str = "none"
+    device: str | torch.device | None = None
+    trust_remote_code: bool = False
+    backend: BackendConfig | dict[str, Any] | None = None
+    use_liger_kernel: bool | None = None
+    use_sdpa_patching: bool | None = None
+    sdpa_method: Any = None
+    force_hf: bool = False
+    has_packed_sequence: bool = False
+    output_hidden_states: bool | None = None
+    distributed_setup: Any = None
+    device_mesh: Any = None
+    qat_config: Any = None
+    fp8_config: Any = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> ModelOptions:
+        """Sort keywords into fields and overrides."""
+        names = {item.name for item in fields(cls)} - {"overrides"}
+        return cls(
+            **{key: value for key, value in keywords.items() if key in names},
+            overrides={key: value for key, value in keywords.items() if key not in names},
+        )
+
+    def __post_init__(self) -> None:
+        for key in ("distributed_setup", "device_mesh"):
+            if getattr(self, key) is not None:
+                raise NotSupportedYetError(f"`{key}` is not supported yet: this version uses one device. Leave it out.")
+        for key in ("qat_config", "fp8_config"):
+            if getattr(self, key) is not None:
+                raise NotSupportedYetError(f"`{key}` is not supported yet. Leave it out.")
+        if self.activation_checkpointing not in RECOMPUTE_POLICIES:
+            raise ConfigError(
+                f"`activation_checkpointing: {self.activation_checkpointing}` is not known. "
+                f"Use {', '.join(RECOMPUTE_POLICIES)}."
+            )
+        for key in self.freeze_config or {}:
+            if key not in FREEZE_KEYS:
+                raise ConfigError(
+                    f"`freeze_config.{key}` is not known.{did_you_mean(key, FREEZE_KEYS)} "
+                    f"Known: {', '.join(FREEZE_KEYS)}."
+                )
+        if self.attn_implementation is not None and self.attn_implementation not in ATTENTION_NAMES:
+            raise ConfigError(
+                f"`model.attn_implementation: {self.attn_implementation}` is not known."
+                f"{did_you_mean(self.attn_implementation, ATTENTION_NAMES)} Known: {', '.join(ATTENTION_NAMES)}."
+            )
+        if self.dtype is not None:
+            self.torch_dtype = self.dtype
+        if self.torch_dtype != "auto":
+            self.torch_dtype = parse_dtype(self.torch_dtype)
+        backend = BackendConfig(**self.backend) if isinstance(self.backend, dict) else self.backend or BackendConfig()
+        self._report_inert_keys(backend)
+
+    def _report_inert_keys(self, backend: BackendConfig) -> None:
+        inert = [f"backend.{key}" for key in backend.inert_keys()]
+        inert += [key for key in ("use_liger_kernel", "use_sdpa_patching") if getattr(self, key)] + (
+            ["sdpa_method"] if self.sdpa_method is not None else []
+        )
+        if inert:
+            logger.info(
+                "No effect on this model: %s. It is Hugging Face's own class with PyTorch kernels.", ", ".join(inert)
+            )
+
+    def take_hub_keywords(self) -> dict[str, Any]:
+        """Remove and return the overrides that say how files are fetched."""
+        return {key: self.overrides.pop(key) for key in HUB_KEYS if key in self.overrides}
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the device to use: the first GPU where there is one, unless another is named.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"`device: {device}` is not a device. Use cpu, cuda or cuda:0.") from error
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise UserError(
+                f"`device: {device}`, but this machine has {count} usable GPUs. Use cpu, or check nvidia-smi."
+            )
+        return torch.device("cuda", chosen.index or 0)
+    if chosen.type != "cpu":
+        raise UserError(f"`device: {device}` is not supported. Use cpu or cuda.")
+    return chosen
+
+
+def resolve_quantization(
+    value: QuantizationConfig | BitsAndBytesConfig | dict[str, Any] | None, has_adapter: bool
+) -> BitsAndBytesConfig | None:
+    """Return what bitsandbytes is asked for, or None when weights stay as they are.
+
+    Raises:
+        UserError: bitsandbytes or accelerate is missing, bad values, or nothing that could be trained.
+    """
+    if isinstance(value, dict):
+        unknown = sorted(set(value) - {item.name for item in fields(QuantizationConfig)})
+        if unknown:
+            known = [item.name for item in fields(QuantizationConfig)]
+            raise ConfigError(f"`quantization.{unknown[0]}` is not known.{did_you_mean(unknown[0], known)}")
+        value = QuantizationConfig(**value)
+    if isinstance(value, QuantizationConfig):
+        if not (value.load_in_4bit or value.load_in_8bit):
+            return None
+        require("bitsandbytes", "`quantization`")
+        require("accelerate", "`quantization`")
+        value = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=value.load_in_4bit,
+            load_in_8bit=value.load_in_8bit,
+            bnb_4bit_compute_dtype=parse_dtype(value.bnb_4bit_compute_dtype, "quantization.bnb_4bit_compute_dtype"),
+            bnb_4bit_use_double_quant=value.bnb_4bit_use_double_quant,
+            bnb_4bit_quant_type=value.bnb_4bit_quant_type,
+            bnb_4bit_quant_storage=parse_dtype(value.bnb_4bit_quant_storage, "quantization.bnb_4bit_quant_storage"),
+        )
+    if value is not None and not has_adapter:
+        raise UserError(
+            "`quantization` freezes the weights in 4 or 8 bits, so there is nothing to train without an adapter. "
+            "Add a `peft` section, or leave `quantization` out."
+        )
+    return value
+
+
+def resolve_dtype(wanted: str | torch.dtype, stored: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the weights; None leaves it to the weight files (``auto``, and config.json does not say).
+
+    bfloat16 arithmetic is some fifty times slower than fp32 on most CPUs, so ``auto`` means fp32 there.
+    """
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if device.type == "cpu":
+        if stored not in (None, torch.float32):
+            logger.info("`torch_dtype: auto` on a CPU: float32 instead of the stored %s.", stored)
+        return torch.float32
+    return stored
+
+
+def resolve_attention(
+    wanted: str | None, model_class: type[PreTrainedModel] | None, device: torch.device, dtype: torch.dtype | None
+) -> str | None:
+    """Return the attention implementation to ask Transformers for; None lets it choose.
+
+    FlashAttention runs where the package is installed, on a GPU and in half precision; otherwise SDPA does, and a
+    model that cannot use SDPA computes attention step by step.
+    """
+    can_flash = is_available("flash_attn") and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    can_sdpa = model_class is None or model_class._supports_sdpa
+    if wanted is None:
+        has_flash = can_flash and model_class is not None and model_class._supports_flash_attn
+        return "flash_attention_2" if has_flash else None
+    chosen = wanted
+    if (wanted == "flash_attention_2" and not can_flash) or (wanted == "flex_attention" and device.type == "cpu"):
+        chosen = "sdpa"
+    if chosen == "sdpa" and not can_sdpa:
+        chosen = "eager"
+    if chosen != wanted:
+        logger.info("`attn_implementation: %s` cannot run here; attention runs with %s.", wanted, chosen)
+    return chosen

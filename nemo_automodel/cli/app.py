@@ -1,0 +1,147 @@
+"""The ``automodel`` command (also ``am``): run a recipe, or one of the tools beside it.
+
+A run is checked from top to bottom before anything heavy is imported, so a mistyped key costs less than a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from nemo_automodel import __version__
+from nemo_automodel.components.config._arg_parser import CommandLine, load_config, parse_command_line, run_safely
+from nemo_automodel.shared.errors import NotSupportedYetError, UserError, did_you_mean
+
+__all__ = ["main", "run_safely"]
+
+# word → file in this folder
+TOOLS = {
+    "generate": "generate",
+    "chat": "chat",
+    "report": "report",
+    "fetch-demo": "fetch_demo",
+    "quickstart": "quickstart",
+}
+_TASKS = ("finetune", "pretrain", "kd", "benchmark")
+_DOMAINS = ("llm", "vlm")
+_USAGE = """\
+usage: automodel <config.yaml> [--section.key value ...]
+       automodel finetune|pretrain llm -c <config.yaml> [--section.key value ...]
+       automodel <tool> [options]
+
+Fine-tune a Hugging Face language model as a YAML file says. Every --section.key value replaces one value of the file.
+
+options:
+  -c, --config PATH        the config file
+  --nproc-per-node N       processes on this machine (1 for now)
+  --allow-target PREFIX    let the file name callables of one more package; may be repeated
+  --debug                  show the traceback of an error
+  --version                show the version
+  -h, --help               show this
+
+tools (automodel <tool> --help says more):
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_safely(lambda: _dispatch(words), debug="--debug" in words)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help())
+        return 0 if words else 2
+    if words[0] in ("--version", "version"):
+        sys.stdout.write(f"automodel {__version__}\n")
+        return 0
+    first, rest = words[0], words[1:]
+    if first in TOOLS:
+        return _run_tool(first, rest)
+    if first in _TASKS:
+        return _run_task(first, rest)
+    if first.startswith("-") or "." in first or "/" in first or Path(first).exists():
+        return _run_config(parse_command_line(words, takes_positional=True), default_recipe=None)
+    raise UserError(
+        f"`{first}` is neither a config file nor a command.{did_you_mean(first, (*TOOLS, *_TASKS))} "
+        f"Commands: {', '.join((*_TASKS, *TOOLS))}."
+    )
+
+
+def _run_task(task: str, words: list[str]) -> int:
+    domain = words[0] if words else None
+    if domain not in _DOMAINS:
+        raise UserError(
+            f"`automodel {task}` needs a kind of model after it, not `{domain or 'nothing'}`. "
+            f"Write automodel {task} llm -c <config.yaml>."
+        )
+    if task in ("kd", "benchmark") or domain == "vlm":
+        raise NotSupportedYetError(f"`automodel {task} {domain}` is not supported yet. Use automodel finetune llm.")
+    from nemo_automodel.recipes.registry import DEFAULT_RECIPE
+
+    return _run_config(parse_command_line(words[1:]), default_recipe=DEFAULT_RECIPE)
+
+
+def _run_config(line: CommandLine, default_recipe: str | None) -> int:
+    from nemo_automodel.recipes.registry import recipe_path, resolve_recipe
+    from nemo_automodel.recipes.section_rules import recipe_name
+    from nemo_automodel.recipes.settings import load_settings
+
+    _refuse_torchrun()
+    config = load_config(line)
+    sys.stdout.write(f"cfg-path: {line.config_path}\n")
+    sys.stdout.flush()
+    path = recipe_path(recipe_name(config) or default_recipe)
+    load_settings(config)
+    recipe = resolve_recipe(path)(config)
+    recipe.setup()
+    recipe.run_train_validation_loop()
+    return 0
+
+
+def _refuse_torchrun() -> None:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if "LOCAL_RANK" in os.environ and world_size != "1":
+        raise NotSupportedYetError(
+            f"{world_size} processes were started (WORLD_SIZE), but training with several is not supported yet. "
+            "Start one."
+        )
+
+
+def _run_tool(name: str, words: list[str]) -> int:
+    module = _tool(name)
+    parser = argparse.ArgumentParser(prog=f"automodel {name}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.add_arguments(parser)
+    try:
+        args = parser.parse_args(words)
+    except SystemExit as exit_request:  # argparse printed its help or its one line
+        return int(exit_request.code or 0)
+    return int(module.run(args))
+
+
+def _tool(name: str) -> ModuleType:
+    return importlib.import_module(f"nemo_automodel.cli.{TOOLS[name]}")
+
+
+def _help() -> str:
+    """Return the help text; the tools' lines are read from their files, which are not imported."""
+    lines = []
+    for name, file in TOOLS.items():
+        path = Path(__file__).with_name(f"{file}.py")
+        if path.is_file():
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            lines.append(f"  {name:<24} {docstring.partition(chr(10))[0]}\n")
+    return _USAGE + "".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

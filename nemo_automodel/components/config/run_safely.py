@@ -1,0 +1,53 @@
+"""One line for a user's mistake, a traceback for ours."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from nemo_automodel.shared.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "no space is left on the device. Free some, or choose another directory",
+    errno.EDQUOT: "the disk quota is used up. Free some, or choose another directory",
+    errno.EACCES: "permission denied. Change the permissions, or choose another path",
+    errno.EPERM: "operation not permitted. Change the permissions, or choose another path",
+    errno.EROFS: "the file system is read-only. Choose another directory",
+}
+
+
+def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int:
+    """Call ``function`` and return the exit status of the process.
+
+    A ``UserError``, a full disk or a missing permission prints ``error: …`` on one line of stderr and gives 2; Ctrl-C
+    gives 130; anything else is a defect and keeps its traceback.
+
+    Args:
+        function: what to run; its result, if a whole number, is the status.
+        debug: show the traceback of user errors too; by default when ``--debug`` stands on the command line.
+    """
+    shows_traceback = "--debug" in sys.argv[1:] if debug is None else debug
+    try:
+        status = function()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
+    except UserError as error:
+        if shows_traceback:
+            raise
+        return _report(str(error))
+    except OSError as error:
+        if shows_traceback or error.errno not in _DISK_ERRORS:
+            raise
+        return _report(f"`{error.filename or 'a file'}`: {_DISK_ERRORS[error.errno]}.")
+    return status if isinstance(status, int) and not isinstance(status, bool) else 0
+
+
+def _report(message: str) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return EXIT_USER_ERROR

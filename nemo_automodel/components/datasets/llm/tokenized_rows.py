@@ -1,0 +1,79 @@
+"""A map-style set of training samples that tokenises a row when it is asked for.
+
+Nothing is tokenised before the first step, and batches are tokenised together. Whoever needs every row at once
+(packing, grouping by length) asks for slices of a thousand or so, where a fast tokenizer uses all cores.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from torch.utils.data import Dataset
+
+from nemo_automodel.components.datasets.llm.formatting import Encoded, Layout, Sample
+from nemo_automodel.components.datasets.rows import Row, Rows
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+EncoderItem = TypeVar("EncoderItem", contravariant=True)
+
+
+class Encoder(Protocol[EncoderItem]):
+    """The stage between an item (prompt and answer, or a conversation) and its tokens."""
+
+    def encode(self, items: Sequence[EncoderItem], where: Sequence[str]) -> list[Encoded]:
+        """Tokenise items; ``where`` names each for messages."""
+
+
+class TokenizedRows(Dataset[Sample], Generic[Item]):
+    """Rows → items → tokens → samples, on demand.
+
+    A row whose learned tokens are all cut off by ``truncation`` stays in place with every label at -100: it adds
+    nothing to loss or gradient. Such rows, and rows that lose part of their answer, are counted in
+    ``num_unlearned_rows`` and ``num_cut_rows`` and told in a warning at 1, 10, 100, … of them.
+    """
+
+    def __init__(self, rows: Rows, to_item: Callable[[Row, str], Item], encoder: Encoder[Item], layout: Layout) -> None:
+        self.rows, self.layout = rows, layout
+        self._to_item, self._encoder = to_item, encoder
+        self.num_cut_rows = 0
+        self.num_unlearned_rows = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Return several samples, tokenised in one call."""
+        return [self.layout.sample(self._counted(index, encoded)) for index, encoded in self._encode(indices)]
+
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """Return the number of positions of each sample, without building it."""
+        return [len(self.layout.sample(encoded)["input_ids"]) for _, encoded in self._encode(indices)]
+
+    def _encode(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:
+        where = [self.rows.where(index) for index in indices]
+        items = [self._to_item(self.rows[index], place) for index, place in zip(indices, where, strict=True)]
+        return list(zip(indices, self._encoder.encode(items, where), strict=True))
+
+    def _counted(self, index: int, encoded: Encoded) -> Encoded:
+        num_kept, num_cut = self.layout.num_cut(encoded)
+        if num_cut == 0:
+            return encoded
+        if num_kept == 0:
+            self.num_unlearned_rows += 1
+            count, what = self.num_unlearned_rows, "loses its whole answer and teaches nothing"
+        else:
+            self.num_cut_rows += 1
+            count, what = self.num_cut_rows, f"loses {num_cut} of {num_kept + num_cut} learned tokens"
+        if count in (1, 10, 100, 1000, 10_000, 100_000):
+            logger.warning(
+                "%s has %d tokens and %s at `seq_length: %d` (%d such rows so far). Raise `dataset.seq_length`.",
+                self.rows.where(index), len(encoded.ids), what, self.layout.seq_length, count,
+            )  # fmt: skip
+        return encoded

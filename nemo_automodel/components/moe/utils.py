@@ -1,0 +1,5 @@
+"""The name under which older YAML files ask for `BackendConfig`."""
+
+from nemo_automodel.shared.backend import BackendConfig
+
+__all__ = ["BackendConfig"]

@@ -1,0 +1,160 @@
+"""From an optimizer's class and the YAML's values to an optimizer over the trainable parameters.
+
+Any class works that torch would accept: its signature is the schema.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_automodel.shared.dtypes import parse_dtype
+from nemo_automodel.shared.errors import ConfigError, UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+_DTYPE_KEYS = ("master_weight_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+
+
+@dataclass(frozen=True)
+class ParamGroupOverride:
+    """Other multipliers for the parameters whose name the pattern finds; the first override that finds one has it."""
+
+    pattern: str
+    """A regular expression, searched for anywhere in the parameter's name."""
+    lr_mult: float = 1.0
+    wd_mult: float = 1.0
+
+
+def parse_overrides(entries: Sequence[Mapping[str, Any]] | None) -> list[ParamGroupOverride]:
+    """Read ``optimizer.param_group_overrides``.
+
+    Raises:
+        ConfigError: an unknown key, a missing or an invalid pattern.
+    """
+    overrides = []
+    for i, entry in enumerate(entries or []):
+        where = f"`optimizer.param_group_overrides.{i}`"
+        for key in entry:
+            if key not in ("pattern", "lr_mult", "wd_mult"):
+                raise ConfigError(
+                    f"{where}: unknown key `{key}`.{did_you_mean(key, ('pattern', 'lr_mult', 'wd_mult'))} "
+                    "Known: pattern, lr_mult, wd_mult."
+                )
+        if "pattern" not in entry:
+            raise ConfigError(f"{where} has no `pattern`. Give a regular expression that parameter names contain.")
+        try:
+            re.compile(entry["pattern"])
+        except re.error as error:
+            raise ConfigError(
+                f"{where}: `{entry['pattern']}` is not a regular expression ({error}). A name such as `lm_head` is one."
+            ) from error
+        overrides.append(ParamGroupOverride(**entry))
+    return overrides
+
+
+def prepare_kwargs(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the YAML's values against the optimizer's signature and turn them into what it expects.
+
+    Costs nothing, so a recipe calls it before the model is loaded.
+
+    Raises:
+        ConfigError: a keyword that the optimizer does not take, or a dtype that is none.
+    """
+    parameters = inspect.signature(target).parameters
+    if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        known = [name for name in parameters if name not in ("self", "params")]
+        for key in kwargs:
+            if key not in known:
+                raise ConfigError(
+                    f"`optimizer.{key}`: {_name(target)} takes no `{key}`.{did_you_mean(key, known)} "
+                    f"Known: {', '.join(known)}."
+                )
+    prepared = dict(kwargs)
+    if isinstance(prepared.get("betas"), list):
+        prepared["betas"] = tuple(prepared["betas"])
+    for key in _DTYPE_KEYS:
+        if isinstance(prepared.get(key), str):
+            prepared[key] = parse_dtype(prepared[key], f"optimizer.{key}")
+    return prepared
+
+
+def build_optimizer(
+    model: torch.nn.Module,
+    target: Callable[..., torch.optim.Optimizer],
+    kwargs: Mapping[str, Any],
+    overrides: Sequence[ParamGroupOverride] = (),
+) -> torch.optim.Optimizer:
+    """Make the optimizer of the model's trainable parameters, with a group for each override.
+
+    Raises:
+        UserError: nothing is trainable, an override's pattern finds nothing, or the optimizer refuses its arguments.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise UserError(
+            "No parameter of the model is trainable, but training needs at least one. Check `peft.target_modules`, "
+            "`freeze_config` and `quantization` (a quantised model needs `peft`)."
+        )
+    groups = _groups(trainable, overrides)
+    try:
+        optimizer = target(params=groups, **prepare_kwargs(target, kwargs))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:  # every optimizer has its own way to say no
+        reason = " ".join(str(error).split())
+        raise UserError(f"`optimizer`: {_name(target)} refuses its arguments: {reason}. Change that key.") from error
+    _warn_of_vanishing_updates(optimizer, trainable)
+    return optimizer
+
+
+def _groups(
+    trainable: list[tuple[str, torch.nn.Parameter]], overrides: Sequence[ParamGroupOverride]
+) -> list[dict[str, Any]]:
+    """Return the optimizer's groups, the one without an override first."""
+    members: dict[ParamGroupOverride | None, list[torch.nn.Parameter]] = {None: []}
+    members.update({override: [] for override in overrides})
+    for name, parameter in trainable:
+        owner = next((override for override in overrides if re.search(override.pattern, name)), None)
+        members[owner].append(parameter)
+    groups: list[dict[str, Any]] = []
+    for override, parameters in members.items():
+        if override is None:
+            if parameters:
+                groups.append({"params": parameters})
+            continue
+        if not parameters:
+            raise UserError(
+                f"`optimizer.param_group_overrides`: the pattern `{override.pattern}` finds no trainable parameter. "
+                f"Names look like `{trainable[0][0]}`."
+            )
+        groups.append({"params": parameters, "lr_mult": override.lr_mult, "wd_mult": override.wd_mult})
+    return groups
+
+
+def _warn_of_vanishing_updates(
+    optimizer: torch.optim.Optimizer, trainable: list[tuple[str, torch.nn.Parameter]]
+) -> None:
+    """Warn of torch's own optimizers on 16-bit weights: they keep no finer copy to add small updates to."""
+    low = [p for _, p in trainable if p.dtype in (torch.bfloat16, torch.float16)]
+    if not low or not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    logger.warning(
+        "%d of %d trainable parameters are %s and %s keeps no finer copy of them: an update smaller than about 0.2 %% "
+        "of a weight (bfloat16) is rounded away. For LoRA set `peft.lora_dtype: float32`; for full fine-tuning set "
+        "`model.torch_dtype: float32` with `distributed.autocast_dtype: bfloat16`, or use a larger learning rate.",
+        sum(p.numel() for p in low),
+        sum(p.numel() for _, p in trainable),
+        str(low[0].dtype).removeprefix("torch."),
+        _name(type(optimizer)),
+    )
+
+
+def _name(target: Callable[..., Any]) -> str:
+    return getattr(target, "__qualname__", repr(target))

@@ -1,0 +1,339 @@
+"""The one loop, and the set-up around it in named steps.
+
+A recipe fills in ``build_data``, ``build_model`` and ``model_name``; everything a run needs besides is here: settings,
+device, random numbers, run directory, optimizer, schedule, checkpoints and loggers. What is cheap to check is checked
+before the model is loaded: the settings, the run directory, the names of the optimizer and the loss, the data, the
+trackers.
+
+``train_step`` waits for the device once, to read the loss and the gradient norm together, before the update: a step
+that is not finite stops the run with the weights untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nemo_automodel._transformers.forward import LossFn
+from nemo_automodel._transformers.model_files import ModelFiles
+from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, Parts
+from nemo_automodel.components.checkpoint.restore import newest_checkpoint
+from nemo_automodel.components.checkpoint.run_directory import choose_run_directory
+from nemo_automodel.components.config import targets
+from nemo_automodel.components.config.loader import ConfigNode
+from nemo_automodel.components.distributed.grad import clip_grad_norm
+from nemo_automodel.components.distributed.init_utils import initialize_distributed
+from nemo_automodel.components.distributed.mesh import build_mesh
+from nemo_automodel.components.loggers.log_utils import setup_logging
+from nemo_automodel.components.loggers.run_loggers import RunLoggers
+from nemo_automodel.components.loggers.run_record import extreme, points, read_run
+from nemo_automodel.components.optim.optimizer import (
+    ParamGroupOverride,
+    build_optimizer,
+    parse_overrides,
+    prepare_kwargs,
+)
+from nemo_automodel.components.optim.scheduler import OptimizerParamScheduler, plan_schedule
+from nemo_automodel.components.training.garbage_collection import GarbageCollection
+from nemo_automodel.components.training.rng import ScopedRNG, StatefulRNG
+from nemo_automodel.components.training.step_scheduler import Step, StepScheduler, TrainLoader
+from nemo_automodel.recipes.banner import log_experiment, log_model
+from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens, count_tokens
+from nemo_automodel.recipes.settings import effective_yaml, load_settings
+from nemo_automodel.shared.dtypes import parse_dtype
+from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.types import Batch, Stateful, StepMetrics
+
+logger = logging.getLogger(__name__)
+
+_VALIDATION_SEED = 1
+
+
+class ResumableLoader(TrainLoader, Stateful, Protocol):
+    """A training loader whose position a checkpoint holds."""
+
+
+@dataclass(frozen=True)
+class ValMetrics:
+    """One pass over a validation set."""
+
+    loss: float
+    """Sum of the token losses divided by ``num_label_tokens``; NaN when there is none."""
+    num_label_tokens: int
+
+
+class BaseRecipe:
+    """Set up with ``setup()``, then train with ``run_train_validation_loop()``."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    train_loader: ResumableLoader
+    val_loaders: Mapping[str, Iterable[Batch]]
+
+    def __init__(self, cfg: ConfigNode) -> None:
+        self.cfg = cfg
+
+    # What a recipe fills in.
+
+    def model_name(self) -> str:
+        """Return the name of the model for logs and trackers."""
+        raise NotImplementedError
+
+    def build_data(self) -> None:
+        """Set ``tokenizer``, ``train_loader`` and ``val_loaders``."""
+        raise NotImplementedError
+
+    def build_model(self) -> None:
+        """Set ``model``, on ``device``."""
+        raise NotImplementedError
+
+    # Set-up.
+
+    def setup(self) -> None:
+        """Prepare everything up to the first step; nothing is loaded for a run that is already finished.
+
+        Raises:
+            UserError: anything the user has to mend, before the first step.
+        """
+        setup_logging()
+        self.settings = load_settings(self.cfg)
+        for notice in self.settings.notices:
+            logger.warning(notice)
+        self.effective = effective_yaml(self.settings)
+        self._set_up_process()
+        self._read_callables()
+        self._choose_run_directory()
+        if self.run_directory.finished:
+            return
+        with ScopedRNG(self.settings.seed, ranked=True):
+            self.build_data()
+        self.schedule = StepScheduler(self.settings.step_scheduler, self.train_loader, self.mesh.dp_size)
+        self._open_loggers()
+        with ExitStack() as on_failure:
+            on_failure.callback(self.loggers.close, succeeded=False)
+            with ScopedRNG(self.settings.seed, ranked=True):
+                self.build_model()
+            self.model.train()
+            self.model_files = ModelFiles(self.model, self.tokenizer)
+            self._build_engine()
+            self._build_optimizer()
+            self._restore()
+            on_failure.pop_all()
+        log_model(self.model)
+        logger.info("Optimizer: %s", self.optimizer)
+        logger.info("LR scheduler: %s", self.lr_scheduler.plan)
+        logger.info(
+            "Step scheduler: %s steps in all, %s an epoch, %d micro-batches a step, starting at step %d of epoch %d",
+            self.schedule.total_steps or "unknown",
+            self.schedule.epoch_len or "unknown",
+            self.schedule.grad_accum,
+            self.schedule.step,
+            self.schedule.epoch,
+        )
+
+    def _set_up_process(self) -> None:
+        self.dist = initialize_distributed(self.settings.dist_env)
+        self.device = self.dist.device
+        self.mesh = build_mesh(self.settings.distributed, self.dist.world_size)
+        self.rng = StatefulRNG(self.settings.seed, ranked=True)
+        log_experiment(type(self).__name__, self.model_name(), self.dist, self.effective)
+
+    def _read_callables(self) -> None:
+        """Find the loss and the optimizer by name and check their arguments."""
+        self.loss_fn: LossFn = self.settings.loss_fn.instantiate()
+        values = self.settings.optimizer.to_dict()
+        target = targets.resolve(values.pop("_target_"), "optimizer._target_")
+        self._optimizer_target: Callable[..., torch.optim.Optimizer] = target
+        self._overrides: list[ParamGroupOverride] = parse_overrides(values.pop("param_group_overrides", None))
+        self._optimizer_kwargs = prepare_kwargs(target, values)
+
+    def _choose_run_directory(self) -> None:
+        self.run_directory = choose_run_directory(
+            self.settings.checkpoint.checkpoint_dir, self.settings.checkpoint_dir_is_default, self.effective
+        )
+        logger.info(self.run_directory.message)
+
+    def _open_loggers(self) -> None:
+        self.loggers = RunLoggers(
+            self.run_directory.path,
+            total_steps=self.schedule.total_steps,
+            wandb=self.settings.wandb,
+            mlflow=self.settings.mlflow,
+            tensorboard=self.settings.tensorboard,
+            log_remote_every_steps=self.settings.step_scheduler.log_remote_every_steps,
+            config=self.effective,
+            run_name=self.model_name(),
+        )
+
+    def _build_engine(self) -> None:
+        name = self.settings.distributed.autocast_dtype
+        autocast_dtype = None if name is None else parse_dtype(name, "distributed.autocast_dtype")
+        self.engine = EagerEngine(self.model, self.loss_fn, self.device, autocast_dtype)
+
+    def _build_optimizer(self) -> None:
+        self.optimizer = build_optimizer(self.model, self._optimizer_target, self._optimizer_kwargs, self._overrides)
+        config = self.settings.lr_scheduler
+        self.lr_scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            plan_schedule(config, self.optimizer, self.schedule.total_steps),
+            keeps_saved_plan=config is not None and config.use_checkpoint_opt_param_scheduler is True,
+        )
+
+    def _restore(self) -> None:
+        self.checkpointer = Checkpointer(self.settings.checkpoint, self.run_directory.path)
+        if self.run_directory.resume_from is not None:
+            self.checkpointer.load(self.run_directory.resume_from, self.state())
+        self.loggers.truncate_after(self.schedule.step - 1)
+        self._step_end_s = time.perf_counter()
+
+    def state(self) -> Parts:
+        """Return everything a checkpoint holds, by name."""
+        return Parts(
+            model_files=self.model_files,
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            schedule=self.schedule,
+            train_loader=self.train_loader,
+            rng=self.rng,
+            config_yaml=self.effective,
+        )
+
+    # The loop.
+
+    def run_train_validation_loop(self) -> None:
+        """Train until the schedule ends; validate and save when it says so."""
+        if self.run_directory.finished:
+            return
+        done: tuple[Step, StepMetrics] | None = None
+        garbage = GarbageCollection(self.settings.step_scheduler.gc_every_steps)
+        self._step_end_s = time.perf_counter()
+        with self.loggers, garbage, closing(iter(self.schedule)) as steps:
+            for planned, batches in steps:
+                metrics = self.train_step(batches)
+                step = self.schedule.poll(planned)
+                self.loggers.train(step.index, step.epoch, metrics)
+                self._validate_and_save(step, metrics)
+                garbage.after_step(step.index)
+                done = step, metrics
+            if done is not None and not done[0].saves:
+                # the data has no length, so the last step could not know that it was the last
+                self._validate_and_save(replace(done[0], validates=True, saves=True, is_last=True), done[1])
+        self._say_what_next(done[0] if done else None)
+
+    def train_step(self, batches: Sequence[Batch]) -> StepMetrics:
+        """Update the weights once from the micro-batches of a step.
+
+        A step without a single label changes nothing but the learning rate's count.
+
+        Raises:
+            UserError: the loss or the gradient norm is not finite; the weights are as they were before the step.
+        """
+        num_label_tokens = self.mesh.sum_dp(count_label_tokens(batches))
+        if num_label_tokens == 0:
+            logger.warning(
+                "Step %d has no label to learn, so its update is skipped. Check the data if this happens often.",
+                self.schedule.step - 1,
+            )
+            loss_value = grad_norm_value = 0.0
+        else:
+            loss = self.engine.forward_backward(batches, num_label_tokens)
+            grad_norm = clip_grad_norm(self.model.parameters(), self.settings.max_grad_norm)
+            loss_value, grad_norm_value = torch.stack([loss, grad_norm]).tolist()  # the step's one device sync
+            self._check_finite(loss_value, grad_norm_value)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        num_tokens = self.mesh.sum_dp(count_tokens(batches))
+        return StepMetrics(
+            loss=loss_value,
+            grad_norm=grad_norm_value,
+            lr=self.lr_scheduler.lr,
+            num_label_tokens=num_label_tokens,
+            num_tokens=num_tokens,
+            mem_gib=self._take_peak_gib(),
+            tps=num_tokens / self._take_step_s(),
+        )
+
+    def _check_finite(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        raise UserError(
+            f"Step {self.schedule.step - 1} is not finite (loss {loss}, grad_norm {grad_norm}); its update was not "
+            "applied and the run stops. Lower `optimizer.lr`, lengthen the warm-up, or set "
+            "`model.torch_dtype: float32`. The last checkpoint is untouched."
+        )
+
+    def _take_step_s(self) -> float:
+        """Return the seconds since the last call: data, validation and saving of the time between are in it."""
+        now = time.perf_counter()
+        elapsed, self._step_end_s = now - self._step_end_s, now
+        return elapsed
+
+    def _take_peak_gib(self) -> float:
+        """Return the peak of allocated device memory since the last call, 0 on the CPU."""
+        if self.device.type != "cuda":
+            return 0.0
+        peak_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak_gib
+
+    def validate(self, name: str) -> ValMetrics:
+        """Return the loss over the validation set ``name``, with dropout off and random numbers of its own."""
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
+        num_label_tokens = 0
+        self.model.eval()  # type: ignore[no-untyped-call]
+        with ScopedRNG(_VALIDATION_SEED, ranked=True):
+            for batch in self.val_loaders[name]:
+                batch_loss, num_batch_labels = self.engine.evaluate(batch)
+                loss_sum += batch_loss
+                num_label_tokens += num_batch_labels
+        self.model.train()
+        loss = loss_sum.item() / num_label_tokens if num_label_tokens else math.nan
+        return ValMetrics(loss, num_label_tokens)
+
+    def _validate_and_save(self, step: Step, metrics: StepMetrics) -> None:
+        losses = {"train_loss": metrics.loss}
+        for name in self.val_loaders if step.validates else ():
+            result = self.validate(name)
+            if result.num_label_tokens == 0:
+                logger.warning("The validation set `%s` has no label, so it has no loss. Check its data.", name)
+                continue
+            self.loggers.val(
+                name,
+                step.index,
+                step.epoch,
+                result.loss,
+                self.lr_scheduler.lr,
+                result.num_label_tokens,
+                self._take_peak_gib(),
+            )
+            losses["val_loss" if name == "default" else name] = result.loss
+        if step.saves and self.settings.checkpoint.enabled:
+            self.checkpointer.save(step.index, step.epoch, self.state(), losses, is_last_step=step.is_last)
+
+    def _say_what_next(self, step: Step | None) -> None:
+        run_dir = self.run_directory.path
+        if step is not None and step.is_preempted:
+            logger.info("Stopped after step %d. The same command goes on from there.", step.index)
+            return
+        lines = [f"Training is done after {self.schedule.step} steps."]
+        checkpoint = newest_checkpoint(run_dir)
+        if checkpoint is not None:
+            lines.append(f"  checkpoint       {checkpoint}")
+        for name, records in read_run(run_dir).validation.items():
+            best = extreme(points(records, "val_loss"), min)
+            if best is not None:
+                lines.append(f"  best validation  {best[0]:.4f} ({name}, step {best[1]})")
+        lines.append(f"  look at it       automodel report {run_dir}")
+        if checkpoint is not None:
+            lines.append(f"  try it           automodel chat {checkpoint}")
+        logger.info("\n".join(lines))

@@ -1,0 +1,147 @@
+"""From the data sections of the settings to a tokenizer and loaders of batches.
+
+The tokenizer is the model's unless a ``tokenizer`` section names another; a data set may bring one of its own. Loaders
+are the same for training and validation, except that only training data is packed and shuffled unless the YAML says
+otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
+from nemo_automodel.components.config import targets
+from nemo_automodel.components.config.loader import ConfigNode, to_callable
+from nemo_automodel.components.datasets.config import DataloaderConfig
+from nemo_automodel.components.datasets.loader import ResumableDataLoader, build_dataloader, shuffles
+from nemo_automodel.components.datasets.packing import pack_dataset
+from nemo_automodel.components.datasets.utils import default_collater, packed_sequence_thd_collater
+from nemo_automodel.components.distributed.mesh import Mesh
+from nemo_automodel.components.loggers.console import Bar
+from nemo_automodel.recipes.settings import RunSettings
+from nemo_automodel.shared.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_COLLATE_NAMES = {"default": default_collater, "default_collater": default_collater}
+
+
+class TextData:
+    """Builds the data of a run over text.
+
+    ``model_path`` is the directory or Hub name whose tokenizer is taken where no section names one; ``None`` when the
+    model has none.
+    """
+
+    def __init__(self, settings: RunSettings, mesh: Mesh, model_path: str | None) -> None:
+        self.settings = settings
+        self.mesh = mesh
+        self.model_path = model_path
+        self._packs_training = settings.packed_sequence.packed_sequence_size > 0
+
+    def check_names(self) -> None:
+        """Find everything that the data sections name, before anything is read.
+
+        Raises:
+            UserError: a collate function that is not there.
+        """
+        self._collate_fn(self.settings.dataloader, "dataloader")
+        self._collate_fn(self.settings.validation_dataloader, "validation_dataloader")
+
+    def build_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer of the run, ``None`` when neither a section nor the model names one."""
+        if self.settings.tokenizer is not None:
+            return self._tokenizer_of(self.settings.tokenizer)
+        section = self.settings.dataset.get("tokenizer")
+        if section is not None:
+            return self._tokenizer_of(section)
+        if self.model_path is None or not _takes_tokenizer(self.settings.dataset):
+            return None
+        trusts = bool(self.settings.model.get("trust_remote_code", False))
+        return NeMoAutoTokenizer.from_pretrained(self.model_path, trust_remote_code=trusts)
+
+    def _tokenizer_of(self, node: ConfigNode) -> PreTrainedTokenizerBase:
+        own = {} if "pretrained_model_name_or_path" in node else {"pretrained_model_name_or_path": self.model_path}
+        tokenizer: PreTrainedTokenizerBase = node.instantiate(**own)
+        return tokenizer
+
+    def build_train_loader(self, tokenizer: PreTrainedTokenizerBase | None) -> ResumableDataLoader:
+        """Return the loader of the training data, packed when ``packed_sequence`` says so."""
+        dataset = self._dataset(self.settings.dataset, tokenizer)
+        if self._packs_training:
+            dataset = self._pack(dataset, tokenizer)
+        return self._loader(dataset, self.settings.dataloader, "dataloader", is_training=True)
+
+    def build_val_loaders(self, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, ResumableDataLoader]:
+        """Return a loader for each validation set, by name."""
+        cfg = self.settings.validation_dataloader
+        is_packed = self._collate_fn(cfg, "validation_dataloader") is packed_sequence_thd_collater
+        loaders = {}
+        for name, node in self.settings.validation_datasets.items():
+            dataset = self._dataset(node, tokenizer)
+            if is_packed:
+                dataset = self._pack(dataset, tokenizer)
+            loaders[name] = self._loader(dataset, cfg, "validation_dataloader", is_training=False)
+        return loaders
+
+    def _dataset(self, node: ConfigNode, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+        if not _takes_tokenizer(node):
+            return node.instantiate()
+        own = node.get("tokenizer")
+        tokenizer = tokenizer if own is None else self._tokenizer_of(own)
+        if tokenizer is None:
+            raise UserError(
+                f"`{node.place}` needs a tokenizer, but the model does not bring one. Name one with "
+                "`tokenizer.pretrained_model_name_or_path`."
+            )
+        return node.instantiate(tokenizer=tokenizer)
+
+    def _pack(self, dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+        pad_token_id = None if tokenizer is None else tokenizer.pad_token_id
+        bar = Bar("Packing", None)
+        try:
+            return pack_dataset(
+                dataset,
+                self.settings.packed_sequence,
+                pad_token_id=0 if pad_token_id is None else pad_token_id,
+                seed=self.settings.seed,
+                shuffle=shuffles(self.settings.dataloader, is_training=True),
+                progress=lambda done, total: bar.move_to(done, f"of {total:,} documents"),
+            )
+        finally:
+            bar.close()
+
+    def _loader(self, dataset: Any, cfg: DataloaderConfig, section: str, is_training: bool) -> ResumableDataLoader:
+        collate_fn = self._collate_fn(cfg, section)
+        if is_training and self._packs_training and collate_fn is not packed_sequence_thd_collater:
+            if cfg.collate_fn is not None:
+                logger.info("`packed_sequence` is on: packed_sequence_thd_collater takes the place of `collate_fn`.")
+            collate_fn = packed_sequence_thd_collater
+        return build_dataloader(
+            dataset,
+            cfg,
+            local_batch_size=self.settings.step_scheduler.local_batch_size,
+            collate_fn=collate_fn,
+            seed=self.settings.seed,
+            is_training=is_training,
+            num_replicas=self.mesh.dp_size,
+            replica=self.mesh.dp_rank,
+        )
+
+    @staticmethod
+    def _collate_fn(cfg: DataloaderConfig, section: str) -> Callable[[list[Any]], Any]:
+        if cfg.collate_fn is None:
+            return default_collater
+        if isinstance(cfg.collate_fn, str) and cfg.collate_fn in _COLLATE_NAMES:
+            return _COLLATE_NAMES[cfg.collate_fn]
+        return to_callable(cfg.collate_fn, f"{section}.collate_fn")
+
+
+def _takes_tokenizer(node: ConfigNode) -> bool:
+    target = targets.resolve(node.get("_target_"), f"{node.place}._target_")
+    return "tokenizer" in inspect.signature(target).parameters

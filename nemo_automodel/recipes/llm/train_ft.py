@@ -1,0 +1,87 @@
+"""Fine-tuning and pretraining of causal language models: all weights, LoRA or QLoRA, on the next token.
+
+Run it as a program: ``python nemo_automodel/recipes/llm/train_ft.py -c config.yaml --section.key value``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_automodel._transformers import auto_model
+from nemo_automodel.components.config import targets
+from nemo_automodel.components.config._arg_parser import parse_args_and_load_config, run_safely
+from nemo_automodel.recipes.base_recipe import BaseRecipe
+from nemo_automodel.recipes.llm.text_data import TextData
+from nemo_automodel.shared.errors import UserError
+
+
+class TrainFinetuneRecipeForNextTokenPrediction(BaseRecipe):
+    """Train a causal language model on labelled text."""
+
+    def model_name(self) -> str:
+        """Return the model's directory or Hub name, or its target when it has neither."""
+        return self._model_path() or str(self.settings.model.get("_target_"))
+
+    def _model_path(self) -> str | None:
+        model = self.settings.model
+        for key in ("pretrained_model_name_or_path", "config.pretrained_model_name_or_path", "config"):
+            if isinstance(model.get(key), str):
+                return str(model.get(key))
+        return None
+
+    def build_data(self) -> None:
+        """Set the tokenizer, the training loader and the validation loaders."""
+        data = TextData(self.settings, self.mesh, self._model_path())
+        data.check_names()
+        self.tokenizer = data.build_tokenizer()
+        self.train_loader = data.build_train_loader(self.tokenizer)
+        self.val_loaders = data.build_val_loaders(self.tokenizer)
+
+    def build_model(self) -> None:
+        """Load or make the model, with its adapter where there is one."""
+        peft = None if self.settings.peft is None else self.settings.peft.instantiate()
+        wishes = self._wishes(peft)
+        target = targets.resolve(self.settings.model.get("_target_"), "model._target_")
+        if target.__module__ == auto_model.__name__:
+            self.model = self.settings.model.instantiate(device=self.device, **wishes)
+        else:
+            if wishes:
+                raise UserError(
+                    f"`model._target_: {self.settings.model.get('_target_')}` returns a model that is taken as it is, "
+                    f"so {', '.join(sorted(wishes))} cannot be applied. Use nemo_automodel.NeMoAutoModelForCausalLM."
+                )
+            self.model = self.settings.model.instantiate().to(self.device)
+
+    def _wishes(self, peft: Any) -> dict[str, Any]:
+        """Return what the settings ask of the model beyond its own section."""
+        settings = self.settings
+        wishes: dict[str, Any] = {}
+        if peft is not None:
+            wishes["peft_config"] = peft
+        if settings.quantization is not None:
+            wishes["quantization_config"] = settings.quantization
+        if settings.compile.enabled:
+            wishes["compile_config"] = settings.compile
+        if settings.distributed.enable_compile:
+            wishes["compile_layers"] = True
+        if settings.freeze_embeddings:
+            wishes["freeze_config"] = {"freeze_embeddings": True}
+        if settings.distributed.recompute_policy() != "none":
+            wishes["activation_checkpointing"] = settings.distributed.recompute_policy()
+        return wishes
+
+
+def main(config_path: str | Path | None = None) -> None:
+    """Train as the command line says; ``config_path`` is used when it names no file.
+
+    Raises:
+        UserError: anything the user has to mend.
+    """
+    recipe = TrainFinetuneRecipeForNextTokenPrediction(parse_args_and_load_config(config_path))
+    recipe.setup()
+    recipe.run_train_validation_loop()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_safely(main))

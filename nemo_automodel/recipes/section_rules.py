@@ -1,0 +1,409 @@
+"""Rules of single sections that need more than a type: what is required, what stands together, what has no effect."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nemo_automodel.components.config.later import LATER_SECTIONS, refuse_later_recipe
+from nemo_automodel.components.config.loader import ConfigNode, is_unread
+from nemo_automodel.components.config.schema import (
+    build,
+    check_keys,
+    check_target,
+    conform,
+    require_mapping,
+    show,
+)
+from nemo_automodel.components.datasets.config import DataloaderConfig, PackedSequenceConfig
+from nemo_automodel.components.distributed.config import DistributedConfig
+from nemo_automodel.components.quantization.config import FP8Config, QATSettings
+from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
+from nemo_automodel.shared.imports import is_available, require
+
+SECTIONS = (
+    "recipe",
+    "seed",
+    "step_scheduler",
+    "dist_env",
+    "distributed",
+    "model",
+    "tokenizer",
+    "peft",
+    "quantization",
+    "freeze_config",
+    "compile",
+    "loss_fn",
+    "optimizer",
+    "lr_scheduler",
+    "clip_grad_norm",
+    "dataset",
+    "validation_dataset",
+    "dataloader",
+    "validation_dataloader",
+    "packed_sequence",
+    "checkpoint",
+    "wandb",
+    "mlflow",
+    "tensorboard",
+    "fp8",
+    "qat",
+    "nvtx",
+    "sdpa_method",
+)
+_REQUIRED = {
+    "model": "Add `model:` with `_target_: nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained` and "
+    "`pretrained_model_name_or_path`.",
+    "dataset": "Add `dataset:` with `_target_`, such as "
+    "nemo_automodel.components.datasets.llm.squad.make_squad_dataset.",
+    "optimizer": "Add `optimizer:` with `_target_: torch.optim.AdamW` and `lr`.",
+}
+_SIZES = ("dp_size", "dp_replicate_size", "tp_size", "pp_size", "cp_size", "ep_size")
+_PIPELINE_KEYS = (
+    "pp_schedule",
+    "pp_schedule_csv",
+    "pp_microbatch_size",
+    "pp_batch_size",
+    "layers_per_stage",
+    "round_virtual_stages_to_pp_multiple",
+    "module_fqns_per_model_part",
+    "patch_inner_model",
+    "patch_causal_lm_model",
+    "patch_stage_backward_maybe_with_nosync",
+    "dtype",
+    "scale_grads_in_schedule",
+    "loss_fn",
+    "pp_seq_len",
+)
+_MOE_KEYS = ("ignore_router_for_ac", "reshard_after_forward", "lm_head_precision", "wrap_outer_model", "mp_policy")
+_MP_POLICY_KEYS = ("_target_", "param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
+_MEDIA_PACKING_KEYS = (
+    "pack_size",
+    "pretokenize",
+    "max_length",
+    "packing_ratio",
+    "balance_media_tokens",
+    "collate_max_length",
+    "attn_implementation",
+    "packing_format",
+    "post_tokenize_hook_fn",
+)
+_FREEZE_KEYS = (
+    "freeze_vision_tower",
+    "freeze_audio_tower",
+    "freeze_language_model",
+    "freeze_video_embedder",
+    "freeze_embeddings",
+)
+_COLLATE_NAMES = ("default", "default_collater")
+_COLLATE_ARGUMENTS = ("batch", "examples", "samples", "features")
+# keyword of the Python call → the section that sets it in a file
+_MODEL_KEYS_ELSEWHERE = {
+    "activation_checkpointing": "distributed.activation_checkpointing",
+    "compile_config": "compile",
+    "compile_layers": "distributed.enable_compile",
+    "device_mesh": "distributed",
+    "distributed_config": "distributed",
+    "distributed_setup": "distributed",
+    "fp8_config": "fp8",
+    "freeze_config": "freeze_config",
+    "moe_config": "distributed.moe",
+    "moe_mesh": "distributed",
+    "peft_config": "peft",
+    "pipeline_config": "distributed.pipeline",
+    "qat_config": "qat",
+    "quantization_config": "quantization",
+    "tp_plan": "distributed.tp_plan",
+}
+# keywords that the auto classes pass on and that everybody uses
+_COMMON_MODEL_KEYS = (
+    "attn_implementation",
+    "backend",
+    "cache_dir",
+    "has_packed_sequence",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "text_config",
+    "token",
+    "trust_remote_code",
+    "use_cache",
+)
+# shared/dtypes.py has the dtypes themselves and needs torch; a test keeps the two alike
+DTYPE_NAMES = ("bf16", "bfloat16", "fp16", "float16", "half", "fp32", "float32", "float", "fp64", "float64")
+_STORAGE_DTYPE_NAMES = ("uint8", "int8")
+_VALIDATION = "validation_dataset"
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+# --- the whole file --------------------------------------------------------------------------------------------------
+
+
+def drop_disabled(config: ConfigNode) -> None:
+    """Remove sections with ``enable: false``, and the key ``enable`` from the others.
+
+    Raises:
+        ConfigError: ``enable`` is neither true nor false.
+    """
+    for section in config:
+        node = config[section] if not is_unread(section) else None
+        if not isinstance(node, ConfigNode) or "enable" not in node:
+            continue
+        if not isinstance(node["enable"], bool):
+            raise ConfigError(f"`{section}.enable` is {show(node['enable'])}, but it must be true or false. Change it.")
+        if node["enable"]:
+            node.remove("enable")
+        else:
+            config.remove(section)
+
+
+def refuse_unknown(config: ConfigNode) -> None:
+    """Refuse top-level sections nobody knows.
+
+    Raises:
+        ConfigError: the first one, with the nearest known name.
+    """
+    known = (*SECTIONS, *LATER_SECTIONS)
+    for section in config:
+        if section in known or is_unread(section) or _is_validation(section):
+            continue
+        near = did_you_mean(section, known) or f" Known sections: {', '.join(SECTIONS)}."
+        raise ConfigError(f"`{section}`: unknown section `{section}`.{near} Correct or remove it.")
+
+
+def refuse_missing(config: ConfigNode) -> None:
+    """Refuse a file without one of the sections every run needs.
+
+    Raises:
+        ConfigError: the first missing section, and how it begins.
+    """
+    for section, remedy in _REQUIRED.items():
+        if config.get(section) is None:
+            raise ConfigError(f"the section `{section}` is missing. {remedy}")
+        require_mapping(config[section], section)
+
+
+def recipe_name(config: ConfigNode) -> str | None:
+    """Return ``recipe:``, a name or a mapping with ``_target_``, as a name.
+
+    Raises:
+        ConfigError: it is something else.
+        NotSupportedYetError: a recipe of a later version.
+    """
+    value = config.get("recipe")
+    if isinstance(value, ConfigNode):
+        check_keys(value, "recipe", ("_target_",))
+        value = value.get("_target_")
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ConfigError(f"`recipe` is {show(value)}, but it must be a recipe's name. Write its class name.")
+    refuse_later_recipe(value)
+    return value
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def check_distributed(distributed: DistributedConfig, node: ConfigNode | None) -> list[str]:
+    """Refuse what needs a second process; return a line for each key that has no effect on one.
+
+    Raises:
+        ConfigError: a size below 1, an unknown key or dtype below ``distributed``.
+        NotSupportedYetError: a size above 1, CPU offload, options for multimodal models.
+    """
+    for key in _SIZES:
+        size = getattr(distributed, key)
+        if size is not None and size < 1:
+            raise ConfigError(f"`distributed.{key}` is {size}, but a size is at least 1. Set it to 1.")
+        if size is not None and size > 1:
+            raise NotSupportedYetError(
+                f"`distributed.{key}` is {size}: training on several devices is not supported yet. Set it to 1."
+            )
+    for key in ("offload_policy", "multimodal"):
+        if getattr(distributed, key) is not None:
+            raise NotSupportedYetError(f"`distributed.{key}` is not supported yet. Remove it or set it to null.")
+    if node is None:
+        return []
+    notices = []
+    for key, known in (("pipeline", _PIPELINE_KEYS), ("moe", _MOE_KEYS), ("mp_policy", _MP_POLICY_KEYS)):
+        inner = node.get(key)
+        if inner is not None:
+            check_keys(inner, f"distributed.{key}", known)
+    if distributed.pipeline is not None:
+        notices.append("`distributed.pipeline` has no effect at pp_size 1.")
+    if distributed.mp_policy is not None:
+        for key in _MP_POLICY_KEYS[1:4]:
+            check_dtype(node.get(f"mp_policy.{key}"), f"distributed.mp_policy.{key}")
+        notices.append(
+            "`distributed.mp_policy` has no effect on one process: the model computes in its `torch_dtype`. "
+            "For mixed precision set `distributed.autocast_dtype`."
+        )
+    if distributed.sequence_parallel:
+        notices.append("`distributed.sequence_parallel: true` has no effect at tp_size 1.")
+    check_dtype(distributed.autocast_dtype, "distributed.autocast_dtype")
+    return notices
+
+
+def check_switches(config: ConfigNode, fp8: FP8Config, qat: QATSettings) -> list[str]:
+    """Refuse switches of later versions that are on; return a line for each that is on without effect.
+
+    Raises:
+        NotSupportedYetError: ``fp8.enabled`` or ``qat.enabled``.
+        ConfigError: ``nvtx`` is neither true nor false.
+    """
+    for name, is_on in (("fp8", fp8.enabled), ("qat", qat.enabled)):
+        if is_on:
+            raise NotSupportedYetError(f"`{name}.enabled: true` is not supported yet. Set it to false.")
+    nvtx = conform(config, "nvtx", bool | None, "") if "nvtx" in config else None
+    return ["`nvtx: true` has no effect yet."] if nvtx else []
+
+
+def check_dtype(value: Any, place: str) -> None:
+    """Refuse a name that is no dtype; ``None`` passes.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    known = (*DTYPE_NAMES, *_STORAGE_DTYPE_NAMES) if place.endswith("storage") else DTYPE_NAMES
+    if value is not None and str(value).removeprefix("torch.") not in known:
+        raise ConfigError(
+            f"`{place}: {value}` is not a dtype.{did_you_mean(str(value), known)} Use bfloat16, float16 or float32."
+        )
+
+
+def check_installed(node: ConfigNode) -> None:
+    """Refuse a target whose package is not installed, before anything heavy is imported.
+
+    Raises:
+        UserError: the package is missing; the message holds the pip line.
+    """
+    target = node.get("_target_")
+    package = target.partition(".")[0] if isinstance(target, str) and ":" not in target else "nemo_automodel"
+    if package.isidentifier() and not is_available(package):
+        require(package, f"`{node.place}._target_: {target}`")
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+def check_model(node: ConfigNode, notices: list[str]) -> ConfigNode:
+    """Check the model's call; keys it does not know are overrides of the model's own configuration.
+
+    Raises:
+        ConfigError: a keyword that belongs to another section, a slip in one of ours, or a name that is no dtype.
+    """
+    for key, elsewhere in _MODEL_KEYS_ELSEWHERE.items():
+        if key in node:
+            raise ConfigError(f"`model.{key}`: in a file this is `{elsewhere}`. Move it there.")
+    check_installed(node)
+    check_target(node, own_keywords=_COMMON_MODEL_KEYS)
+    for key in ("torch_dtype", "dtype"):
+        if node.get(key) not in (None, "auto"):
+            check_dtype(node[key], f"model.{key}")
+    if node.get("backend.rope_fusion") is True:
+        notices.append("`model.backend.rope_fusion: true` has no effect.")
+    return node
+
+
+def freeze_embeddings(config: ConfigNode) -> bool:
+    """Return ``freeze_config.freeze_embeddings``; the towers of other models need no freezing here.
+
+    Raises:
+        ConfigError: an unknown key or a value that is neither true nor false.
+        NotSupportedYetError: ``freeze_language_model``, which would leave a language model nothing to train.
+    """
+    node = config.get("freeze_config")
+    if node is None:
+        return False
+    check_keys(node, "freeze_config", _FREEZE_KEYS)
+    values = {key: conform(node, key, bool | None, "freeze_config") for key in node}
+    if values.get("freeze_language_model"):
+        raise NotSupportedYetError(
+            "`freeze_config.freeze_language_model: true` is for models with other parts, which are not supported yet. "
+            "Set it to false."
+        )
+    return bool(values.get("freeze_embeddings"))
+
+
+def check_optimizer_numbers(node: ConfigNode) -> None:
+    """Refuse rates that are no numbers or negative: torch accepts a Tensor there, so its signature says nothing.
+
+    Raises:
+        ConfigError: the first such value.
+    """
+    for key in ("lr", "weight_decay", "eps"):
+        if key not in node:
+            continue
+        value = conform(node, key, float, "optimizer")
+        if value < 0:
+            raise ConfigError(f"`optimizer.{key}` is {value:g}, but it cannot be negative. Use 0 or more.")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def validation_datasets(config: ConfigNode) -> dict[str, ConfigNode]:
+    """Return the validation sets by name: the text after ``validation_dataset`` and a separator, or ``default``.
+
+    Raises:
+        ConfigError: a name twice, a name no file can carry, or a section that is not a mapping.
+    """
+    found: dict[str, ConfigNode] = {}
+    for key in filter(_is_validation, config.keys()):
+        name = key[len(_VALIDATION) + 1 :] if key != _VALIDATION else "default"
+        if not _SET_NAME.fullmatch(name):
+            raise ConfigError(f"`{key}`: `{name}` cannot name a validation set. Use letters, digits, _ and -.")
+        if config[key] is None:
+            continue
+        require_mapping(config[key], key)
+        if name in found:
+            raise ConfigError(f"`{key}`: there are two validation sets named `{name}`. Rename one of them.")
+        found[name] = config[key]
+    return found
+
+
+def _is_validation(section: str) -> bool:
+    rest = section.removeprefix(_VALIDATION)
+    return section == _VALIDATION or (rest != section and rest[0] in "_-.")
+
+
+def check_dataloader(loader: DataloaderConfig, name: str) -> None:
+    """Refuse collate functions that are not there, and loaders for other data.
+
+    Raises:
+        ConfigError: a collate function that is no name, path or mapping.
+        NotSupportedYetError: ``dataloader_type``, which belongs to Megatron's data.
+    """
+    if loader.dataloader_type is not None:
+        raise NotSupportedYetError(f"`{name}.dataloader_type` is not supported yet. Remove it.")
+    collate = loader.collate_fn
+    if isinstance(collate, ConfigNode):
+        check_target(collate, runtime=_COLLATE_ARGUMENTS, place=f"{name}.collate_fn")
+    elif isinstance(collate, str) and "." in collate:
+        check_target(ConfigNode({"_target_": collate}, f"{name}.collate_fn"), runtime=_COLLATE_ARGUMENTS)
+    elif collate is not None and collate not in _COLLATE_NAMES and not callable(collate):
+        raise ConfigError(
+            f"`{name}.collate_fn` is {show(collate)}, but it must be `default`, a dotted path or a mapping with "
+            "`_target_`. Change it."
+        )
+
+
+def packed_sequence(node: ConfigNode | None) -> PackedSequenceConfig:
+    """Build the packing section.
+
+    Raises:
+        NotSupportedYetError: keys for packing of images and sound.
+        ConfigError: whatever else is wrong with it.
+    """
+    for key in _MEDIA_PACKING_KEYS:
+        if node is not None and node.get(key) is not None:
+            raise NotSupportedYetError(
+                f"`packed_sequence.{key}`: packing of images is not supported yet. Remove it; the size of a row of "
+                "text is `packed_sequence_size`."
+            )
+    config = build(PackedSequenceConfig, node, "packed_sequence")
+    for key, value in (("num_proc", config.num_proc), ("max_packs", config.max_packs)):
+        if value is not None and value < 1:
+            raise ConfigError(f"`packed_sequence.{key}` is {value}, but it must be at least 1. Set it to 1.")
+    return config
