@@ -5,7 +5,6 @@ A run is checked from top to bottom before anything heavy is imported, so a mist
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nemo_automodel import __version__
-from nemo_automodel.components.config._arg_parser import CommandLine, load_config, parse_command_line, run_safely
+from nemo_automodel.components.config.run_safely import run_safely
 from nemo_automodel.shared.errors import NotSupportedYetError, UserError, did_you_mean
 
 __all__ = ["main", "run_safely"]
@@ -68,7 +67,7 @@ def _dispatch(words: list[str]) -> int:
     if first in _TASKS:
         return _run_task(first, rest)
     if first.startswith("-") or "." in first or "/" in first or Path(first).exists():
-        return _run_config(parse_command_line(words, takes_positional=True), default_recipe=None)
+        return _run_config(words, takes_positional=True)
     raise UserError(
         f"`{first}` is neither a config file nor a command.{did_you_mean(first, (*TOOLS, *_TASKS))} "
         f"Commands: {', '.join((*_TASKS, *TOOLS))}."
@@ -84,21 +83,22 @@ def _run_task(task: str, words: list[str]) -> int:
         )
     if task in ("kd", "benchmark") or domain == "vlm":
         raise NotSupportedYetError(f"`automodel {task} {domain}` is not supported yet. Use automodel finetune llm.")
-    from nemo_automodel.recipes.registry import DEFAULT_RECIPE
-
-    return _run_config(parse_command_line(words[1:]), default_recipe=DEFAULT_RECIPE)
+    return _run_config(words[1:], takes_positional=False)
 
 
-def _run_config(line: CommandLine, default_recipe: str | None) -> int:
-    from nemo_automodel.recipes.registry import recipe_path, resolve_recipe
+def _run_config(words: list[str], takes_positional: bool) -> int:
+    """Run the recipe that a config file names; only ``automodel <config.yaml>`` insists that it names one."""
+    from nemo_automodel.components.config._arg_parser import load_config, parse_command_line
+    from nemo_automodel.recipes.registry import DEFAULT_RECIPE, recipe_path, resolve_recipe
     from nemo_automodel.recipes.section_rules import recipe_name
     from nemo_automodel.recipes.settings import load_settings
 
     _refuse_torchrun()
+    line = parse_command_line(words, takes_positional)
     config = load_config(line)
     sys.stdout.write(f"cfg-path: {line.config_path}\n")
     sys.stdout.flush()
-    path = recipe_path(recipe_name(config) or default_recipe)
+    path = recipe_path(recipe_name(config) or (None if takes_positional else DEFAULT_RECIPE))
     load_settings(config)
     recipe = resolve_recipe(path)(config)
     recipe.setup()
@@ -116,6 +116,8 @@ def _refuse_torchrun() -> None:
 
 
 def _run_tool(name: str, words: list[str]) -> int:
+    import argparse
+
     module = _tool(name)
     parser = argparse.ArgumentParser(prog=f"automodel {name}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -322,7 +322,7 @@ class BaseRecipe:
 
     def _say_what_next(self, step: Step | None) -> None:
         run_dir = self.run_directory.path
-        if step is not None and step.is_preempted:
+        if step is not None and step.is_preempted and not step.is_last:
             logger.info("Stopped after step %d. The same command goes on from there.", step.index)
             return
         lines = [f"Training is done after {self.schedule.step} steps."]

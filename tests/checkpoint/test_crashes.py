@@ -100,7 +100,8 @@ def test_killed_at_every_step_of_a_save(tmp_path):
     assert set(outcomes) == set(expected)
 
 
-def test_a_published_checkpoint_gets_its_pointers_at_the_next_start(tmp_path, monkeypatch):
+@pytest.mark.parametrize("restore_from", [None, "LATEST"])
+def test_a_published_checkpoint_gets_its_pointers_at_the_next_start(tmp_path, monkeypatch, restore_from):
     run, _ = _two_saves(tmp_path)
 
     def dies(*args):
@@ -111,7 +112,7 @@ def test_a_published_checkpoint_gets_its_pointers_at_the_next_start(tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             run.save(0.25)
     assert os.readlink(tmp_path / "LATEST") == "epoch_0_step_2"
-    place = choose_run_directory(tmp_path, True, CONFIG)
+    place = choose_run_directory(tmp_path, True, {**CONFIG, "checkpoint": {"restore_from": restore_from}})
     assert place.resume_from == tmp_path / "epoch_0_step_5"
     assert os.readlink(tmp_path / "LATEST") == os.readlink(tmp_path / "LOWEST_VAL") == "epoch_0_step_5"
 
@@ -132,7 +133,7 @@ def test_ctrl_c_during_a_save_leaves_nothing_behind(tmp_path):
 
 
 def test_foreign_files_and_complete_checkpoints_survive_the_cleaning(tmp_path):
-    run, _ = _two_saves(tmp_path)
+    _two_saves(tmp_path)
     for name in ("notes.txt", "epoch_0_step_7.reserving", ".hidden.tmp"):
         (tmp_path / name).write_text("mine")
     (tmp_path / "epoch_0_step_9").mkdir()
@@ -250,8 +251,8 @@ def test_too_little_space_is_said_before_step_0(small_disk):
     check_writable(small_disk, 2**19)
     with pytest.raises(UserError, match=r"A checkpoint needs about 1\.00 GiB\. The disk of .* 0\.00 GiB free"):
         check_writable(small_disk, 2**30)
+    (small_disk / "filler").write_bytes(b"0" * 2**19)
     with pytest.raises(UserError, match="has no room"):
-        (small_disk / "filler").write_bytes(b"0" * 2**19)
         check_writable(small_disk, 2**20)
 
 
@@ -275,6 +276,30 @@ def test_a_directory_without_permission():
     assert status == 0
     assert "no permission" in message
     assert "\n" not in message
+
+
+def test_no_space_at_the_start_is_one_line(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nemo_automodel.components.checkpoint.run_directory.replace_file", full)
+    with pytest.raises(UserError, match="has no room"):
+        choose_run_directory(tmp_path, True, CONFIG)
+
+
+def test_a_file_system_that_cannot_sync_directories(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    _, expected = _two_saves(tmp_path)
+    resumed = Run(tmp_path)
+    resumed.load(tmp_path / "LATEST")
+    assert_same(resumed.state(), expected["epoch_0_step_2"])
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

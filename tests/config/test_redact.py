@@ -6,7 +6,6 @@ import pytest
 
 from nemo_automodel.components.config.redact import MASK, is_secret_key, redact, redact_text
 
-
 SECRET = """
     token hf_token HF_TOKEN hfToken access_token auth_token api_key apikey apiKey API-KEY wandb_key secret
     client_secret password db_password authorization secret_key private_key aws_secret_access_key hub_token

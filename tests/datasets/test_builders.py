@@ -50,12 +50,12 @@ def test_squad_with_template(tokenizer: Fast, squad_dir: Path):
 def test_squad_refuses(tokenizer: Fast, tmp_path: Path, write_jsonl):
     row = {"context": "c", "question": "q", "answers": {"text": []}}
     path = str(write_jsonl(tmp_path / "train.jsonl", [row]))
-    with pytest.raises(UserError, match="train.jsonl line 1: `answers` must look like"):
+    with pytest.raises(UserError, match=r"train.jsonl line 1: `answers` must look like"):
         make_squad_dataset(tokenizer, dataset_name=path)[0]
     with pytest.raises(NotSupportedYetError, match="pad_seq_len_divisible: 16"):
         make_squad_dataset(tokenizer, dataset_name=path, fp8=True)
     other = str(write_jsonl(tmp_path / "other.jsonl", [{"context": "c", "questions": "q", "answers": {}}]))
-    with pytest.raises(UserError, match="no column `question`. Did you mean `questions`"):
+    with pytest.raises(UserError, match=r"no column `question`. Did you mean `questions`"):
         make_squad_dataset(tokenizer, dataset_name=other)
 
 
@@ -156,7 +156,7 @@ def test_hellaswag(tokenizer: Fast, tmp_path: Path, write_jsonl):
     assert [int(label != -100) for label in samples[0]["labels"]] == samples[0]["loss_mask"]
     assert len(HellaSwag(path, tokenizer, num_samples_limit=1)) == 1
     bad = str(write_jsonl(tmp_path / "bad.jsonl", [{**rows[0], "label": 4}]))
-    with pytest.raises(UserError, match="bad.jsonl line 1: `label` is '4'"):
+    with pytest.raises(UserError, match=r"bad.jsonl line 1: `label` is '4'"):
         HellaSwag(bad, tokenizer)
 
 
@@ -173,7 +173,7 @@ def test_mock_batches():
         assert batch["position_ids"].tolist() == [list(range(6))] * 2
         torch.testing.assert_close(batch["input_ids"], again["input_ids"])
     assert not torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
-    with pytest.raises(UserError, match="`dataset.seq_len` is 1, but it must be at least 2"):
+    with pytest.raises(UserError, match=r"`dataset.seq_len` is 1, but it must be at least 2"):
         MockIterableDataset(seq_len=1)
 
 

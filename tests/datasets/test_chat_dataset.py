@@ -172,7 +172,7 @@ def test_shuffle_seed_keeps_slices_disjoint(tmp_path: Path, chat_tokenizer: Fast
 
 def test_what_is_missing_is_named(tmp_path: Path, tokenizer: Fast, chat_tokenizer: Fast, write_jsonl):
     path = str(write_jsonl(tmp_path / "train.jsonl", [{"message": []}]))
-    with pytest.raises(UserError, match="no column `messages`. Did you mean `message`"):
+    with pytest.raises(UserError, match=r"no column `messages`. Did you mean `message`"):
         ChatDataset(path, chat_tokenizer)
     chat_tokenizer.chat_template = None
     with pytest.raises(UserError, match="needs a chat template, but the tokenizer has none"):

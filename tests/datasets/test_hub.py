@@ -80,5 +80,5 @@ def test_splits_are_sliced_here(monkeypatch: pytest.MonkeyPatch):
     assert [row["n"] for row in rows] == [8, 9, 0]
     assert asked == [("o/d", "en", "train"), ("o/d", "en", "test")]
     assert rows.where(0) == "o/d row 9"
-    with pytest.raises(UserError, match="several splits; name one. Splits there: train, test"):
+    with pytest.raises(UserError, match=r"several splits; name one. Splits there: train, test"):
         load_rows("o/d", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -21,6 +23,10 @@ from nemo_automodel.components.datasets.utils import default_collater
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, UserError
 
 ROWS = [{"input_ids": [i] * (1 + i % 7)} for i in range(23)]
+
+
+def flat(batches: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(batches))
 
 
 def first_tokens(samples: list[dict]) -> list[int]:
@@ -67,7 +73,7 @@ def test_every_row_once_and_the_last_batch_kept():
 def test_shuffle_follows_seed_and_epoch():
     loader = build()
     first = epoch(loader, 0)
-    assert sorted(sum(first, [])) == list(range(23))
+    assert sorted(flat(first)) == list(range(23))
     assert first != epoch(loader, 1)
     assert first == epoch(loader, 0) == epoch(build(), 0)
     assert first != epoch(build(seed=6), 0)
@@ -108,13 +114,13 @@ def test_resume_at_every_position(num_workers: int, grouped: bool):
 
 def test_states_do_not_depend_on_workers_or_batch_size():
     loader = build()
-    rows = sum(epoch(loader), [])
+    rows = flat(epoch(loader))
     stream = iter(loader)
     next(stream), next(stream)
     for options in ({"num_workers": 1}, {"size": 3}, {"size": 8}):
         resumed = build(**options)
         resumed.load_state_dict(loader.state_dict())
-        assert sum(epoch(resumed), []) == rows[8:]
+        assert flat(epoch(resumed)) == rows[8:]
 
 
 def test_a_state_saved_after_resuming_counts_on():
@@ -148,8 +154,8 @@ def test_replicas_share_each_global_batch(grouped: bool):
     parts = [epoch(build(size=2, replicas=(3, replica), group_by_length=grouped)) for replica in range(3)]
     assert {len(part) for part in parts} == {4}
     for number, batch in enumerate(whole[:3]):
-        assert sorted(sum((part[number] for part in parts), [])) == sorted(batch)
-    rows = sum((row for part in parts for row in part), [])
+        assert sorted(flat(part[number] for part in parts)) == sorted(batch)
+    rows = flat(row for part in parts for row in part)
     assert len(rows) == len(set(rows)) == 21, "every replica gets the same number of rows"
     loader = build(size=2, replicas=(3, 1))
     stream = iter(loader)
@@ -164,7 +170,7 @@ def test_group_by_length():
     rows = [{"input_ids": [i] * int(length)} for i, length in enumerate(rng.integers(1, 100, 403))]
     loader = build(rows, size=8, group_by_length=True)
     batches = epoch(loader)
-    assert sorted(sum(batches, [])) == list(range(403))
+    assert sorted(flat(batches)) == list(range(403))
     assert [len(batch) for batch in batches] == [8] * 50 + [3]
     assert batches == epoch(build(rows, size=8, group_by_length=True))
 
@@ -192,7 +198,7 @@ def test_group_by_length_asks_tokenised_rows(tokenizer, squad_dir):
 def test_streams_resume(options: dict):
     make = lambda: build(Numbers(11), size=2, **options)  # noqa: E731
     undisturbed = [epoch(make(), number) for number in range(2)]
-    assert sorted(sum(undisturbed[0], [])) == list(range(11))
+    assert sorted(flat(undisturbed[0])) == list(range(11))
     assert undisturbed[0] != undisturbed[1]
     loader = make()
     assert len(loader) == len(undisturbed[0])
@@ -213,7 +219,7 @@ def test_streams_resume(options: dict):
 
 def test_streams_are_shared_out():
     shares = [epoch(build(Numbers(11), size=2, replicas=(3, replica))) for replica in range(3)]
-    rows = sum((row for share in shares for row in share), [])
+    rows = flat(row for share in shares for row in share)
     assert len(rows) == len(set(rows)) == 9
     assert {len(share) for share in shares} == {2}
     assert epoch(build(Numbers(4), size=2, shuffle=False)) == [[0, 1], [2, 3]]
@@ -274,8 +280,8 @@ def test_foreign_streams():
         def __iter__(self):
             return iter(ROWS)
 
-    assert sum(list(build(Foreign())), []) == list(range(23))
-    with pytest.raises(UserError, match="`dataloader.shuffle: true` cannot shuffle a stream of the kind Foreign"):
+    assert flat(list(build(Foreign()))) == list(range(23))
+    with pytest.raises(UserError, match=r"`dataloader.shuffle: true` cannot shuffle a stream of the kind Foreign"):
         build(Foreign(), shuffle=True)
     with pytest.raises(NotSupportedYetError, match="on 2 ranks is not supported yet"):
         build(Foreign(), replicas=(2, 0))
@@ -299,5 +305,5 @@ def test_bad_settings(options: dict, message: str):
 
 
 def test_samplers_come_later():
-    with pytest.raises(NotSupportedYetError, match="`dataloader.sampler` is not supported yet"):
+    with pytest.raises(NotSupportedYetError, match=r"`dataloader.sampler` is not supported yet"):
         DataloaderConfig(sampler="x")

@@ -85,9 +85,10 @@ def test_longest_first_by_hand():
 
 def test_shuffle_follows_the_seed():
     documents = [document(number, 5) for number in range(30)]
-    order = lambda **options: [
-        doc["input_ids"][0] // 1000 for row in unpack(pack(documents, 10, **options)) for doc in row
-    ]  # noqa: E731
+
+    def order(**options) -> list[int]:
+        return [doc["input_ids"][0] // 1000 for row in unpack(pack(documents, 10, **options)) for doc in row]
+
     assert order() == list(range(30))
     assert order(shuffle=True, seed=1) == order(shuffle=True, seed=1)
     assert sorted(order(shuffle=True, seed=1)) == list(range(30))
@@ -104,7 +105,7 @@ def test_long_documents_are_dropped_and_counted_or_refused(caplog: pytest.LogCap
         "Packed 2 documents with 18 tokens into 2 rows of 10: 10.0 % padding, "
         "1 documents dropped because they are longer than a row."
     ]
-    with pytest.raises(UserError, match="Row 2 has 11 tokens, but `packed_sequence.packed_sequence_size` is 10"):
+    with pytest.raises(UserError, match=r"Row 2 has 11 tokens, but `packed_sequence.packed_sequence_size` is 10"):
         pack(documents, 10, drop_long_samples=False)
     with pytest.raises(UserError, match="None of the 3 documents can be packed: 3 are longer"):
         pack(documents, 5)
@@ -160,5 +161,5 @@ def test_streams_cannot_be_packed():
 
 
 def test_bad_settings():
-    with pytest.raises(ConfigError, match="packing_strategy: tdh` is not known. Did you mean `thd`"):
+    with pytest.raises(ConfigError, match=r"packing_strategy: tdh` is not known. Did you mean `thd`"):
         PackedSequenceConfig(packing_strategy="tdh")

@@ -138,7 +138,7 @@ def test_directories_with_splits(tmp_path: Path, layout: str):
         assert numbers(load_rows(tmp_path, split)) == there
     assert numbers(load_rows(tmp_path, "dev")) == expected["validation"], "a synonym may be asked for, too"
     assert numbers(load_rows(tmp_path, "train+test")) == expected["train"] + expected["test"]
-    with pytest.raises(UserError, match="has several splits; name one. Splits there: train, validation, test"):
+    with pytest.raises(UserError, match=r"has several splits; name one. Splits there: train, validation, test"):
         load_rows(tmp_path, None)
     with pytest.raises(UserError, match=r"has no split `trian`. Did you mean `train`\? Splits there: "):
         load_rows(tmp_path, "trian")
@@ -149,7 +149,7 @@ def test_a_directory_without_split_names(tmp_path: Path):
     write(tmp_path / "code.jsonl", [{"n": 2}])
     assert numbers(load_rows(tmp_path)) == [1, 2]
     assert numbers(load_rows(tmp_path, "code+chat")) == [2, 1]
-    with pytest.raises(UserError, match="has no split `validation`. Splits there: train, chat, code"):
+    with pytest.raises(UserError, match=r"has no split `validation`. Splits there: train, chat, code"):
         load_rows(tmp_path, "validation")
 
 
@@ -179,7 +179,7 @@ def test_globs(tmp_path: Path):
 
 def test_a_file_of_one_split_is_not_taken_for_another(tmp_path: Path):
     path = write(tmp_path / "train.jsonl")
-    with pytest.raises(UserError, match="has no split `validation`. Splits there: train"):
+    with pytest.raises(UserError, match=r"has no split `validation`. Splits there: train"):
         load_rows(path, "validation")
     other = write(tmp_path / "validation.jsonl")
     assert len(load_rows(other, "train")) == len(load_rows(other, "validation")) == len(load_rows(other, None)) == 10

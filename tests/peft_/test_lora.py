@@ -232,7 +232,7 @@ def test_an_adapter_of_another_model_is_refused():
         load_adapter_state_dict(other, adapter_state_dict(ours))
     wider = make_model()
     apply_lora(wider, PeftConfig(target_modules=["q_proj", "down_proj"], dim=8))
-    with pytest.raises(UserError, match="peft.dim"):
+    with pytest.raises(UserError, match=r"peft\.dim"):
         load_adapter_state_dict(wider, adapter_state_dict(ours))
 
 
@@ -264,7 +264,7 @@ def test_bad_settings_are_one_line(settings, words):
 
 def test_bad_dtype_and_unknown_keys_are_one_line():
     for dtype in ("bf61", "int8"):
-        with pytest.raises(ConfigError, match="peft.lora_dtype"):
+        with pytest.raises(ConfigError, match=r"peft\.lora_dtype"):
             LinearLoRA.attach(torch.nn.Linear(2, 2), PeftConfig(lora_dtype=dtype))
     with pytest.raises(ConfigError, match="Did you mean `alpha`"):
         PeftConfig.from_dict({"alhpa": 3})

@@ -124,13 +124,13 @@ def test_mistakes(model_dirs, monkeypatch):
     cfg = PeftConfig(target_modules="*_proj")
     with pytest.raises(UserError, match="Add a `peft` section"):
         load(name, device="cpu", quantization_config={"load_in_4bit": True})
-    with pytest.raises(UserError, match="DoRA|use_dora"):
+    with pytest.raises(UserError, match=r"`peft\.use_dora: true` needs"):
         load_ours(name, SETTINGS["nf4"], use_dora=True)
     with pytest.raises(UserError, match="makes random ones"):
         build(name, device="cpu", quantization_config={"load_in_4bit": True}, peft_config=cfg)
     with pytest.raises(ConfigError, match="Did you mean `load_in_4bit`"):
         load(name, quantization_config={"load_in_4bits": True}, peft_config=cfg)
-    with pytest.raises(ConfigError, match="quantization.bnb_4bit_compute_dtype: fp7"):
+    with pytest.raises(ConfigError, match=r"quantization\.bnb_4bit_compute_dtype: fp7"):
         load(name, quantization_config={"load_in_4bit": True, "bnb_4bit_compute_dtype": "fp7"}, peft_config=cfg)
     monkeypatch.setattr("nemo_automodel.shared.imports.is_available", lambda package: False)
     with pytest.raises(UserError, match=r"pip install 'nemo-automodel\[qlora\]'"):

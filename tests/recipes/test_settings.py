@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +107,14 @@ def test_validation_sets_by_name():
     config["validation_dataset_chat"] = node
     with pytest.raises(ConfigError, match="two validation sets named `chat`"):
         load_settings(config)
+
+
+def test_the_best_metric_names_a_validation_set():
+    node = {"_target_": f"{NAC}.datasets.llm.squad.make_squad_dataset"}
+    settings = settings_of(validation_dataset_math=node, checkpoint__best_metric_key="math")
+    assert settings.checkpoint.best_metric_key == "math"
+    with pytest.raises(ConfigError, match=r"`checkpoint\.best_metric_key: mth` names no validation set. Known: math"):
+        settings_of(validation_dataset_math=node, checkpoint__best_metric_key="mth")
 
 
 @pytest.mark.parametrize("key", ["validation_dataset_", "validation_dataset_a/b", "validation_dataset_../x"])

@@ -57,7 +57,7 @@ def test_border_tokens_are_added_when_asked_and_once(tmp_path, bos, eos):
 
 
 def test_border_tokens_that_do_not_exist_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="`tokenizer.add_bos_token: true`, but"):
+    with pytest.raises(UserError, match=r"`tokenizer\.add_bos_token: true`, but"):
         NeMoAutoTokenizer.from_pretrained(save(tmp_path, bos_token=None), add_bos_token=True)
 
 

@@ -202,7 +202,7 @@ def test_another_base_for_an_adapter(model_dirs, adapted, tmp_path):
     config = json.loads(path.read_text())
     for name in ("", str(tmp_path / "gone")):
         path.write_text(json.dumps({**config, "base_model_name_or_path": name}))
-        with pytest.raises(UserError, match="--base|does not exist"):
+        with pytest.raises(UserError, match=r"--base|does not exist"):
             load_for_inference(tmp_path / "adapter", device="cpu")
     loaded, _ = load_for_inference(tmp_path / "adapter", base=str(moved), device="cpu")
     assert torch.equal(loaded(input_ids=IDS).logits, adapted(input_ids=IDS).logits)

@@ -47,6 +47,10 @@ def sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync a directory; its names are then as safe as they get there
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EOPNOTSUPP)):
+            raise
     finally:
         os.close(descriptor)
 

@@ -20,7 +20,6 @@ named run goes on, whatever differs; the differences are said.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from nemo_automodel.components.checkpoint.disk import check_writable, hold, replace_file
+from nemo_automodel.components.checkpoint.disk import check_writable, explain_write_failure, hold, replace_file
 from nemo_automodel.components.checkpoint.identity import describe, differences, run_identity, run_name
 from nemo_automodel.components.checkpoint.layout import (
     CONFIG_FILE,
@@ -45,8 +44,6 @@ from nemo_automodel.shared.errors import UserError
 _DEFAULT_NUM_EPOCHS = 10
 """What ``step_scheduler.num_epochs`` means when it is not there."""
 _NUM_VALUES_TO_PASTE = 3
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,13 @@ def choose_run_directory(checkpoint_dir: str | Path, is_default: bool, effective
         UserError: another run is in a directory that the user named; a name the run will write is taken; the directory
             cannot be written or is in use; ``checkpoint.restore_from`` names no complete checkpoint.
     """
-    root = Path(checkpoint_dir)
+    try:
+        return _choose(Path(checkpoint_dir), is_default, effective)
+    except OSError as error:
+        raise UserError(explain_write_failure(Path(checkpoint_dir), error) or str(error)) from error
+
+
+def _choose(root: Path, is_default: bool, effective: Mapping[str, Any]) -> RunDirectory:
     check_writable(root)
     identity = run_identity(effective)
     settings = effective.get("checkpoint") or {}
@@ -96,6 +99,8 @@ def choose_run_directory(checkpoint_dir: str | Path, is_default: bool, effective
         check_pointer_places(directory)
     recover(path, pointer_dirs, settings.get("best_metric_key") or "default")
 
+    # the pointers may have moved just now
+    source = find_restore(root, root, restore_from) if source else None
     resume_from = source or newest_checkpoint(path)
     if resume_from is not None and _is_finished(resume_from, effective):
         return RunDirectory(path, resume_from, _finished_message(resume_from, root, effective), finished=True)

@@ -132,10 +132,10 @@ class _LegacyRNGState:
 
 
 def _read_legacy_rng(path: Path) -> dict[str, Any]:
-    array_names = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")
+    make_array = np.empty(0).__reduce__()[0]
     admitted: list[Any] = [
         (_LegacyRNGState, _LEGACY_RNG_CLASS),
-        *((np._core.multiarray._reconstruct, name) for name in array_names),  # type: ignore[attr-defined]
+        *((make_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
         np.ndarray,
         np.dtype,
         np.dtypes.UInt32DType,

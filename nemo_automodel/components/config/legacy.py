@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_automodel.components.config.loader import ConfigNode
-from nemo_automodel.shared.errors import ConfigError, did_you_mean
+from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
 
 _MANAGERS = {"FSDP2Manager": "fsdp2", "MegatronFSDPManager": "megatron_fsdp", "DDPManager": "ddp"}
 _PIPELINES = (
@@ -140,7 +140,12 @@ def _manager_keys(config: ConfigNode, translated: list[str], warnings: list[str]
             config.set_by_dotted("dist_env.backend", distributed.backend)
         distributed.remove("backend")
         translated.append("`distributed.backend` → `dist_env.backend`")
-    if "world_size" in distributed and distributed.world_size in (None, 1):
+    if "world_size" in distributed:
+        if distributed.world_size not in (None, 1):
+            raise NotSupportedYetError(
+                f"`distributed.world_size` is {distributed.world_size}: training with several processes is not "
+                "supported yet. Remove it."
+            )
         distributed.remove("world_size")
         translated.append("`distributed.world_size` → the number of processes started")
 
@@ -244,7 +249,11 @@ def _load_base_model(config: ConfigNode, translated: list[str], warnings: list[s
         return
     value = checkpoint.load_base_model
     checkpoint.remove("load_base_model")
-    if value is None or model is None or not str(model.get("_target_")).endswith(".from_config"):
+    if value is None or model is None:
+        return
+    if not str(model.get("_target_")).endswith(".from_config"):
+        if value is not True:
+            warnings.append(_dead("checkpoint.load_base_model", "`from_pretrained` always loads the weights."))
         return
     _fill(model, "load_base_model", value)
     translated.append("`checkpoint.load_base_model` → `model.load_base_model`")

@@ -19,12 +19,21 @@ from nemo_automodel.components.config.values import FromEnvironment, Written, fr
 from nemo_automodel.components.config.yaml_file import read_yaml
 from nemo_automodel.shared.errors import ConfigError
 
-__all__ = ["ConfigNode", "load_yaml_config", "translate_value"]
+__all__ = [
+    "CALL_KEYS",
+    "ConfigNode",
+    "check_loaded",
+    "is_unread",
+    "load_yaml_config",
+    "to_callable",
+    "to_plain",
+    "translate_value",
+]
 
 _MAX_DEPTH = 60
 _MAX_VALUES = 50_000
 # keys that steer a call and are never passed to it
-_CALL_KEYS = frozenset(("_target_", "_recursive_", "_convert_"))
+CALL_KEYS = frozenset(("_target_", "_recursive_", "_convert_"))
 _MISSING = object()
 
 
@@ -167,7 +176,7 @@ class ConfigNode:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain mappings and values, environment included: for the program, not for a disk."""
-        return {key: _plain(value) for key, value in self._values.items()}
+        return {key: to_plain(value) for key, value in self._values.items()}
 
     def to_yaml_dict(
         self, resolve_env: bool = False, redact_sensitive: bool = True, use_orig_values: bool = False
@@ -193,7 +202,7 @@ class ConfigNode:
         for key, value in self._values.items():
             is_disabled = isinstance(value, ConfigNode) and value.get("enable") is False
             if not (is_unread(key) and self._place == "") and not is_disabled:
-                _plain(value)
+                to_plain(value)
 
     # --- calls ---------------------------------------------------------------------------------------------------
 
@@ -207,9 +216,9 @@ class ConfigNode:
             ConfigError: no ``_target_``, a target that is not allowed or not there, or arguments it does not take.
         """
         target, own = self._call()
-        merged = {**own, **kwargs}
-        targets.check_call(target, merged, self._place, num_positional=len(args))
-        return targets.call(target, args, merged, self._place)
+        merged, place = {**own, **kwargs}, self._place or "configuration"
+        targets.check_call(target, merged, place, num_positional=len(args))
+        return targets.call(target, args, merged, place)
 
     def as_callable(self, **kwargs: Any) -> Callable[..., Any]:
         """Return the target with this mapping's arguments filled in, to be called later (a collate function)."""
@@ -225,10 +234,12 @@ class ConfigNode:
 
     def _call(self) -> tuple[Callable[..., Any], dict[str, Any]]:
         if "_target_" not in self._values:
-            raise ConfigError(f"`{self._place}` has no `_target_`. Name the class or function to call.")
+            raise ConfigError(
+                f"`{self._place or 'configuration'}` has no `_target_`. Name the class or function to call."
+            )
         target = targets.resolve(self.get("_target_"), _join(self._place, "_target_"))
         return target, {
-            key: _argument(key, value, _join(self._place, key)) for key, value in self.items() if key not in _CALL_KEYS
+            key: _argument(key, value, _join(self._place, key)) for key, value in self.items() if key not in CALL_KEYS
         }
 
 
@@ -321,11 +332,12 @@ def _wrap_resolved(value: FromEnvironment) -> Any:
     return ConfigNode(resolved, value.place) if isinstance(resolved, dict) else resolved
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Return a value of the tree with plain mappings and lists, environment included."""
     value = _unwrap(value)
     if isinstance(value, ConfigNode):
         return value.to_dict()
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    return [to_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _printable(key: str, value: Any, resolve_env: bool, hide: bool, original: bool) -> Any:
@@ -342,7 +354,7 @@ def _printable(key: str, value: Any, resolve_env: bool, hide: bool, original: bo
     if isinstance(value, Written):
         is_text = isinstance(value.value, str)
         value = value.text if original or is_text else value.value
-    value = _plain(value)
+    value = to_plain(value)
     if callable(value):
         return f"{value.__module__}.{value.__qualname__}"
     return redact(str(key), value) if hide else value

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 from nemo_automodel.components.config.later import refuse_later_target
-from nemo_automodel.components.config.loader import ConfigNode
+from nemo_automodel.components.config.loader import CALL_KEYS, ConfigNode, to_plain
 from nemo_automodel.components.config.signature import Parameter, Signature, TargetMissingError, signature_of
 from nemo_automodel.components.config.targets import check_path
 from nemo_automodel.shared.errors import ConfigError, did_you_mean
@@ -30,7 +30,6 @@ _NOUNS = {
     dict: "a mapping",
     types.NoneType: "null",
 }
-_CALL_KEYS = frozenset(("_target_", "_recursive_", "_convert_"))
 _NO_DEFAULT = object()
 
 
@@ -58,7 +57,7 @@ def build(cls: type[T], node: ConfigNode | None, section: str, open_field: str |
         if key in known:
             values[key] = conform(node, key, hints[key], section, defaults[key])
         elif open_field is not None and near_miss(key, known) is None:
-            extra[key] = _plain(node[key])
+            extra[key] = to_plain(node[key])
         else:
             raise ConfigError(unknown_key(section, key, known))
     if open_field is not None:
@@ -250,27 +249,6 @@ def _remedy(value: Any, kinds: tuple[Any, ...], default: Any) -> str:
     return f" Change it, or leave it out for {show(default)}."
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, ConfigNode):
-        return value.to_dict()
-    return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-def _edit_distance(a: str, b: str) -> int:
-    """Insertions, deletions, replacements and swaps of neighbours between two words (optimal string alignment)."""
-    before: list[int] = []
-    above = list(range(len(b) + 1))
-    for i, letter in enumerate(a, start=1):
-        row = [i]
-        for j, other in enumerate(b, start=1):
-            cost = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (letter != other))
-            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
-                cost = min(cost, before[j - 2] + 1)
-            row.append(cost)
-        before, above = above, row
-    return above[-1]
-
-
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +287,7 @@ def _check_arguments(
 ) -> None:
     known = [name for name in signature.parameters if name not in runtime]
     for key in node:
-        if key in _CALL_KEYS:
+        if key in CALL_KEYS:
             continue
         parameter = signature.parameters.get(key)
         if parameter is not None:

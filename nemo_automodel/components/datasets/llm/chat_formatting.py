@@ -187,7 +187,8 @@ class ChatEncoder:
                     "differently once the conversation goes on, so serving would not show what was trained. Use a "
                     "template that only appends, or cut the conversation there."
                 )
-            after = self._render(item.messages[: i + 1], item, where)
+            is_last = i + 1 == len(item.messages)
+            after = text if is_last else self._render(item.messages[: i + 1], item, where)
             end = len(after) if text.startswith(after) else self._find_turn_end(text, len(before), where)
             turns.append(_Turn(message, self._tidied(text, len(before), end)))
         return turns

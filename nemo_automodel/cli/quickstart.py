@@ -1,0 +1,222 @@
+"""Teach a small real model a real task in a few minutes, on a GPU or a CPU, and show what it learned.
+
+Everything here is the ordinary road: the recipe file ``examples/quickstart/smollm2_sentiment_lora.yaml`` with a few
+overrides, the recipe class, a checkpoint, a report. What is added are answers and measurements before and after. The
+three answers shown are the first three held-out rows and the numbers are over all held-out rows; none was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_automodel.cli import report
+from nemo_automodel.cli.fetch_demo import Demo, fetch_demo
+from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
+from nemo_automodel.shared.errors import UserError
+
+if TYPE_CHECKING:
+    from nemo_automodel.cli.held_out import Question, Score
+    from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPE_FILE = EXAMPLES / "quickstart" / "smollm2_sentiment_lora.yaml"
+OWN_DATA_FILE = EXAMPLES / "llm_finetune" / "own_data" / "smollm2_135m_chat_peft.yaml"
+NUM_SHOWN = 3
+MAX_NEW_TOKENS = 24
+"""Of the answers shown: the base model likes to talk, and the first sentence is enough to see it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--dir", type=Path, help="where the run is written (default: a new directory below runs/)")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps (default: what the recipe file says)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch, train, measure, report."""
+    started = time.monotonic()
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"`--steps {args.steps}` must be at least 1.")
+    run_dir = choose_directory(args.dir)
+    if not RECIPE_FILE.is_file():
+        raise UserError(f"{RECIPE_FILE} is missing. The quickstart runs from a checkout of the repository: clone it.")
+    heading(f"1/4 Model and data ({time.strftime('%H:%M')})")
+    demo = fetch_demo()
+    config = parse_args_and_load_config(RECIPE_FILE, overrides(demo, run_dir, args.steps))
+    print("Loading PyTorch and Transformers ...", flush=True)
+    set_num_threads()
+    from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
+
+    recipe = TrainFinetuneRecipeForNextTokenPrediction(config)
+    recipe.setup()
+    train_and_compare(recipe, demo.data / "validation.jsonl")
+    page = make_report(run_dir)
+    say_what_next(run_dir, page, demo.model)
+    print(f"The quickstart took {time.monotonic() - started:.0f} s in all.")
+    return 0
+
+
+def choose_directory(given: Path | None) -> Path:
+    """Return the directory of the new run, absolute.
+
+    Raises:
+        UserError: a directory was named that is not empty.
+    """
+    directory = given or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"`--dir {directory}` is there already and not empty. Name a new directory, or leave it out.")
+    return directory.expanduser().absolute()
+
+
+def overrides(demo: Demo, run_dir: Path, num_steps: int | None) -> list[str]:
+    """Return the words that a user would add to ``automodel smollm2_sentiment_lora.yaml`` for this run."""
+    words = [
+        f"--model.pretrained_model_name_or_path={demo.model}",
+        f"--dataset.path_or_dataset_id={demo.data}",
+        f"--validation_dataset.path_or_dataset_id={demo.data}",
+        f"--checkpoint.checkpoint_dir={run_dir}",
+    ]
+    return words if num_steps is None else [*words, f"--step_scheduler.max_steps={num_steps}"]
+
+
+def set_num_threads() -> None:
+    """Use the number of threads that is fastest now: more is slower on a busy machine and for small layers.
+
+    OMP_NUM_THREADS, where it is set, is left to decide.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
+        return
+    candidates = {max(1, torch.get_num_threads() // share) for share in (1, 2, 4, 8)}
+    fastest = min(sorted(candidates), key=_matmul_s)
+    torch.set_num_threads(fastest)
+    print(f"Computing on the CPU with {fastest} of {os.cpu_count()} threads (OMP_NUM_THREADS overrides).", flush=True)
+
+
+def _matmul_s(num_threads: int) -> float:
+    """Return the seconds of some products of the model's size: 512 tokens through its MLP."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+    x, w = torch.ones(512, 576), torch.ones(1536, 576)
+    x @ w.T
+    start = time.perf_counter()
+    for _ in range(10):
+        x @ w.T
+    return time.perf_counter() - start
+
+
+def train_and_compare(recipe: TrainFinetuneRecipeForNextTokenPrediction, held_out_file: Path) -> None:
+    """Train, with answers and numbers before and after; leave ``samples.jsonl`` in the run's directory."""
+    from nemo_automodel.cli.held_out import HeldOut, without_adapter, write_samples
+
+    assert recipe.tokenizer is not None
+    held_out = HeldOut(held_out_file, recipe.tokenizer)
+    questions = held_out.questions(NUM_SHOWN)
+    heading(f"2/4 Before: the base model answers the first {NUM_SHOWN} of {len(held_out)} held-out rows")
+    before = held_out.answers(recipe.model, NUM_SHOWN, MAX_NEW_TOKENS)
+    show_answers(questions, {"before": before})
+    heading(f"3/4 Training: {recipe.schedule.total_steps} steps")
+    start = time.monotonic()
+    recipe.run_train_validation_loop()
+    print(f"Training took {time.monotonic() - start:.0f} s.", flush=True)
+    heading(f"4/4 After: all {len(held_out)} held-out rows, none of them trained on")
+    after = held_out.answers(recipe.model, NUM_SHOWN, MAX_NEW_TOKENS)
+    write_samples(recipe.run_directory.path / "samples.jsonl", questions, before, after)
+    tuned = held_out.score(recipe.engine.forward, "Measuring the trained model")
+    with without_adapter(recipe.model):
+        base = held_out.score(recipe.engine.forward, "Measuring the base model")
+    show_scores(base, tuned)
+    show_answers(questions, {"before": before, "after": after})
+
+
+def heading(text: str) -> None:
+    """Print the line that begins a part."""
+    print(f"\n== {text}", flush=True)
+
+
+def show_answers(questions: Sequence[Question], answers: dict[str, Sequence[str]]) -> None:
+    """Print the answers beside what people said."""
+    table = _table("held-out row", "right", *answers)
+    for i, question in enumerate(questions):
+        table.add_row(question.prompt, question.expected, *(answers[when][i] for when in answers))
+    _print(table)
+
+
+def show_scores(before: Score, after: Score) -> None:
+    """Print the numbers before and after."""
+    table = _table("on the held-out rows", "before", "after")
+    table.add_row("loss of an answer token", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_row("right word likelier than the wrong one", f"{before.preferred:.1%}", f"{after.preferred:.1%}")
+    table.add_row("answer is the right word and nothing else", f"{before.exact:.1%}", f"{after.exact:.1%}")
+    _print(table)
+
+
+def _table(*columns: str) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, show_lines=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
+
+
+def make_report(run_dir: Path) -> Path:
+    """Write the run's page beside its checkpoints and return its path."""
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    page = run_dir / "report.html"
+    report.run(parser.parse_args([str(run_dir), "--out", str(page)]))
+    return page
+
+
+def say_what_next(run_dir: Path, page: Path, model: Path) -> None:
+    """Print what was made and three commands to go on with."""
+    from nemo_automodel.components.checkpoint.restore import newest_checkpoint
+
+    checkpoint = newest_checkpoint(run_dir)
+    assert checkpoint is not None, "a finished run has a checkpoint"
+    here = Path.cwd()
+    shown = checkpoint.relative_to(here) if checkpoint.is_relative_to(here) else checkpoint
+    program = program_name()
+    review = "Is this review positive or negative? I forgot the time, and so did everybody around me."
+    print(
+        f"""
+checkpoint  {shown}
+report      {page}
+
+Go on with
+  {program} generate {shlex.quote(str(shown))} --prompt {shlex.quote(review)}
+  {program} chat {shlex.quote(str(shown))}
+  {program} {os.path.relpath(OWN_DATA_FILE)} --model.pretrained_model_name_or_path {shlex.quote(str(model))}
+(the last one trains on the rows of a small JSONL file: put your own there)
+""",
+        flush=True,
+    )
+
+
+def program_name() -> str:
+    """Return how this program is called here: ``automodel``, or its path where it is not on PATH."""
+    if shutil.which("automodel"):
+        return "automodel"
+    return os.path.relpath(Path(sys.executable).parent / "automodel")
