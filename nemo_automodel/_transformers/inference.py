@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
 from nemo_automodel._transformers.model_files import ADAPTER_CONFIG, AUTOMODEL_PEFT_CONFIG, read_adapter_weights
-from nemo_automodel._transformers.model_source import read_json
+from nemo_automodel._transformers.model_source import hide_bars_without_terminal, read_json
 from nemo_automodel.components._peft.adapter_state import config_from_adapter, load_adapter_state_dict
 from nemo_automodel.shared.errors import UserError
 
@@ -51,6 +51,7 @@ def load_for_inference(
     Raises:
         UserError: no such model, incomplete files, or an adapter that does not fit its base.
     """
+    hide_bars_without_terminal()
     directory = find_model_directory(path)
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "torch_dtype": dtype or "auto"}
     if not (Path(directory) / ADAPTER_CONFIG).is_file():

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datasets import disable_progress_bars as disable_datasets_bars
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -26,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
 from nemo_automodel.shared.errors import UserError, did_you_mean
 
@@ -33,6 +36,13 @@ logger = logging.getLogger(__name__)
 
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+
+
+def hide_bars_without_terminal() -> None:
+    """Keep the progress bars of Transformers and Datasets out of files and pipes, where they are noise."""
+    if not sys.stderr.isatty():
+        disable_transformers_bars()  # type: ignore[no-untyped-call]
+        disable_datasets_bars()
 
 
 def resolve_source(name: str) -> str:

@@ -5,6 +5,7 @@ A run is checked from top to bottom before anything heavy is imported, so a mist
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from nemo_automodel import __version__
 from nemo_automodel.components.config.run_safely import run_safely
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
+    asks_for_help = bool({"-h", "--help"} & set(words)) and words[0] not in TOOLS
+    if not words or words[0] == "help" or asks_for_help:
         sys.stdout.write(_help())
         return 0 if words else 2
     if words[0] in ("--version", "version"):
@@ -96,8 +99,6 @@ def _run_config(words: list[str], takes_positional: bool) -> int:
     _refuse_torchrun()
     line = parse_command_line(words, takes_positional)
     config = load_config(line)
-    sys.stdout.write(f"cfg-path: {line.config_path}\n")
-    sys.stdout.flush()
     path = recipe_path(recipe_name(config) or (None if takes_positional else DEFAULT_RECIPE))
     load_settings(config)
     recipe = resolve_recipe(path)(config)
@@ -115,18 +116,21 @@ def _refuse_torchrun() -> None:
         )
 
 
-def _run_tool(name: str, words: list[str]) -> int:
-    import argparse
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. `{self.prog} --help` shows the options.")
 
+
+def _run_tool(name: str, words: list[str]) -> int:
     module = _tool(name)
-    parser = argparse.ArgumentParser(prog=f"automodel {name}", description=module.__doc__)
+    parser = _OneLineParser(prog=f"automodel {name}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(parser)
     try:
         args = parser.parse_args(words)
-    except SystemExit as exit_request:  # argparse printed its help or its one line
-        return int(exit_request.code or 0)
+    except SystemExit:  # argparse printed its help
+        return 0
     return int(module.run(args))
 
 

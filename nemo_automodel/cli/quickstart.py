@@ -8,17 +8,23 @@ three answers shown are the first three held-out rows and the numbers are over a
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import logging
 import os
 import shlex
 import shutil
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_automodel.cli import report
+from nemo_automodel.cli.demo_sentences import QUESTION
 from nemo_automodel.cli.fetch_demo import Demo, fetch_demo
 from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
 from nemo_automodel.shared.errors import UserError
@@ -57,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
 
     recipe = TrainFinetuneRecipeForNextTokenPrediction(config)
-    recipe.setup()
+    with quiet():
+        recipe.setup()
     train_and_compare(recipe, demo.data / "validation.jsonl")
     page = make_report(run_dir)
     say_what_next(run_dir, page, demo.model)
@@ -71,10 +78,10 @@ def choose_directory(given: Path | None) -> Path:
     Raises:
         UserError: a directory was named that is not empty.
     """
-    directory = given or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
+    directory = (given or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}").expanduser().absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"`--dir {directory}` is there already and not empty. Name a new directory, or leave it out.")
-    return directory.expanduser().absolute()
+    return directory
 
 
 def overrides(demo: Demo, run_dir: Path, num_steps: int | None) -> list[str]:
@@ -89,7 +96,7 @@ def overrides(demo: Demo, run_dir: Path, num_steps: int | None) -> list[str]:
 
 
 def set_num_threads() -> None:
-    """Use the number of threads that is fastest now: more is slower on a busy machine and for small layers.
+    """Compute with the number of threads that is fastest now: on a busy machine all of them can be slower than one.
 
     OMP_NUM_THREADS, where it is set, is left to decide.
     """
@@ -97,23 +104,43 @@ def set_num_threads() -> None:
 
     if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
         return
-    candidates = {max(1, torch.get_num_threads() // share) for share in (1, 2, 4, 8)}
-    fastest = min(sorted(candidates), key=_matmul_s)
+    candidates = sorted({max(1, torch.get_num_threads() // share) for share in (1, 2, 4, 8)})
+    rounds = [[_matmul_s(num_threads) for num_threads in candidates] for _ in range(5)]
+    seconds = [statistics.median(times) for times in zip(*rounds, strict=True)]
+    fastest = candidates[seconds.index(min(seconds))]
     torch.set_num_threads(fastest)
     print(f"Computing on the CPU with {fastest} of {os.cpu_count()} threads (OMP_NUM_THREADS overrides).", flush=True)
 
 
 def _matmul_s(num_threads: int) -> float:
-    """Return the seconds of some products of the model's size: 512 tokens through its MLP."""
+    """Return the seconds of a few products of the model's size: 512 tokens through one matrix of its MLP."""
     import torch
 
     torch.set_num_threads(num_threads)
-    x, w = torch.ones(512, 576), torch.ones(1536, 576)
-    x @ w.T
+    x, w = torch.ones(512, 576), torch.ones(576, 1536)
+    x @ w  # the first product starts the threads
     start = time.perf_counter()
-    for _ in range(10):
-        x @ w.T
+    for _ in range(8):
+        x @ w
     return time.perf_counter() - start
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what a run says about itself in set-up off the screen, warnings excepted, unless LOGGING_LEVEL is set.
+
+    The same text is in the run's own files, and `automodel <recipe file>` shows it.
+    """
+    if "LOGGING_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["LOGGING_LEVEL"] = "WARNING"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        del os.environ["LOGGING_LEVEL"]
+    logging.getLogger().setLevel(logging.INFO)
 
 
 def train_and_compare(recipe: TrainFinetuneRecipeForNextTokenPrediction, held_out_file: Path) -> None:
@@ -146,10 +173,17 @@ def heading(text: str) -> None:
 
 
 def show_answers(questions: Sequence[Question], answers: dict[str, Sequence[str]]) -> None:
-    """Print the answers beside what people said."""
-    table = _table("held-out row", "right", *answers)
+    """Print the answers beside what people said; the question, the same for all rows, stands above."""
+    asked = QUESTION.partition("{")[0]
+    print(asked.strip(), flush=True)
+    table = _table("held-out row", "people say", *answers)
     for i, question in enumerate(questions):
-        table.add_row(question.prompt, question.expected, *(answers[when][i] for when in answers))
+        table.add_row(
+            question.prompt.removeprefix(asked),
+            question.expected,
+            *(answers[when][i] for when in answers),
+            end_section=True,
+        )
     _print(table)
 
 
@@ -166,7 +200,7 @@ def _table(*columns: str) -> Any:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(box=SIMPLE, show_lines=False, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_automodel._transformers.forward import LossFn
 from nemo_automodel._transformers.model_files import ModelFiles
+from nemo_automodel._transformers.model_source import hide_bars_without_terminal
 from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, Parts
 from nemo_automodel.components.checkpoint.restore import newest_checkpoint
 from nemo_automodel.components.checkpoint.run_directory import choose_run_directory
@@ -140,6 +141,7 @@ class BaseRecipe:
         )
 
     def _set_up_process(self) -> None:
+        hide_bars_without_terminal()
         self.dist = initialize_distributed(self.settings.dist_env)
         self.device = self.dist.device
         self.mesh = build_mesh(self.settings.distributed, self.dist.world_size)

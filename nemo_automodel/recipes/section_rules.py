@@ -96,7 +96,6 @@ _FREEZE_KEYS = (
     "freeze_embeddings",
 )
 _COLLATE_NAMES = ("default", "default_collater")
-_COLLATE_ARGUMENTS = ("batch", "examples", "samples", "features")
 # keyword of the Python call → the section that sets it in a file
 _MODEL_KEYS_ELSEWHERE = {
     "activation_checkpointing": "distributed.activation_checkpointing",
@@ -379,9 +378,9 @@ def check_dataloader(loader: DataloaderConfig, name: str) -> None:
         raise NotSupportedYetError(f"`{name}.dataloader_type` is not supported yet. Remove it.")
     collate = loader.collate_fn
     if isinstance(collate, ConfigNode):
-        check_target(collate, runtime=_COLLATE_ARGUMENTS, place=f"{name}.collate_fn")
+        check_target(collate, may_lack=True, place=f"{name}.collate_fn")
     elif isinstance(collate, str) and "." in collate:
-        check_target(ConfigNode({"_target_": collate}, f"{name}.collate_fn"), runtime=_COLLATE_ARGUMENTS)
+        check_target(ConfigNode({"_target_": collate}, f"{name}.collate_fn"), may_lack=True)
     elif collate is not None and collate not in _COLLATE_NAMES and not callable(collate):
         raise ConfigError(
             f"`{name}.collate_fn` is {show(collate)}, but it must be `default`, a dotted path or a mapping with "

@@ -9,7 +9,14 @@ from types import ModuleType
 from nemo_automodel.shared.errors import UserError
 
 # package → the extra of this project that installs it; packages without an extra are installed by their own name
-_EXTRAS = {"bitsandbytes": "qlora", "gguf": "demo", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+_EXTRAS = {
+    "bitsandbytes": "qlora",
+    "accelerate": "qlora",
+    "gguf": "demo",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+}
 
 
 def is_available(package: str) -> bool:

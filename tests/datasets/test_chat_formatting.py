@@ -170,6 +170,15 @@ def test_masks_agree_with_other_tokenizers(any_tokenizer: Fast, template: str):
         assert spell(encoded.ids[start : end - 1]) == spell(given)
 
 
+def test_a_token_that_straddles_the_end_of_a_block_is_learned():
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}"
+        "{% else %}{% generation %}{{ m['content'] }}{% endgeneration %}is. Bye{% endif %}{% endfor %}"
+    )
+    messages = [MESSAGES[1], {"role": "assistant", "content": " In Par"}]
+    assert learned_texts(encode(template, messages)) == [" In Paris"], "` Paris` is one token"
+
+
 def test_rows_in_a_batch_do_not_mix():
     encoder = ChatEncoder(make_tokenizer(), CHAT_TEMPLATE)
     items = [Conversation(MESSAGES), Conversation(MESSAGES[1:3]), Conversation(MESSAGES[:4])]

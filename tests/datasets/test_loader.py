@@ -142,6 +142,22 @@ def test_a_state_of_another_epoch_is_forgotten():
     assert epoch(resumed, 1) == epoch(build(), 1)
 
 
+@pytest.mark.parametrize("make_dataset", [lambda: ROWS, lambda: Numbers(23)])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_states_taken_between_epochs(make_dataset, num_workers: int):
+    make = lambda: build(make_dataset(), num_workers=num_workers)  # noqa: E731
+    expected = [epoch(make(), number) for number in range(2)]
+    loader = make()
+    fresh = loader.state_dict()
+    assert epoch(loader, 0) == expected[0]
+    loader.set_epoch(1)
+    for state, number in ((fresh, 0), (loader.state_dict(), 1)):
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state, "a state that was loaded can be saved again before it is used"
+        assert epoch(resumed, number) == expected[number]
+
+
 def test_other_data_is_refused():
     loader = build()
     with pytest.raises(UserError, match="The data set has 22 rows, but it had 23 when the checkpoint was written"):

@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -28,6 +28,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from nemo_automodel.components.checkpoint.state import guarded
 
 METADATA_FILE = ".metadata"
+
+_MIN_DEPTH = 2
+"""A state is a dictionary of dictionaries, so every value stands below at least two keys."""
 
 Place = tuple[str | int, ...]
 """Where a value stands in the nested state: keys and list positions from the outside in."""
@@ -126,6 +129,9 @@ class Archive:
                 raise ValueError(f"a file outside of the checkpoint: {entry.relative_path}")
         if set(metadata.planner_data) != set(metadata.state_dict_metadata):
             raise ValueError("names and values differ")
+        for name, place in metadata.planner_data.items():
+            if not _is_description(metadata.state_dict_metadata[name]) or len(tuple(place)) < _MIN_DEPTH:
+                raise ValueError(f"no description of {name}")
         return metadata
 
     def describe(self) -> dict[Place, tuple[torch.Size, torch.dtype] | None]:
@@ -155,7 +161,7 @@ class Archive:
             else:
                 flat[name] = guarded(self.directory, partial(torch.empty, entry.size, dtype=entry.properties.dtype))
         guarded(self.directory, lambda: self._load(flat))
-        return _nest(self._paths, flat)
+        return guarded(self.directory, lambda: _nest(self._paths, flat))
 
     def _load(self, flat: dict[str, Any]) -> None:
         reader, planner = _Reader(self.directory, self._metadata), _Planner(flat)
@@ -165,6 +171,12 @@ class Archive:
                 load(dict(flat), storage_reader=reader, planner=planner, no_dist=True)
             except CheckpointException as error:
                 raise next(iter(error.failures.values()))[0] from None
+
+
+def _is_description(entry: Any) -> bool:
+    if isinstance(entry, TensorStorageMetadata):
+        return isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype)
+    return isinstance(entry, BytesStorageMetadata)
 
 
 def _nest(paths: Mapping[str, Place], flat: Mapping[str, Any]) -> dict[str, Any]:

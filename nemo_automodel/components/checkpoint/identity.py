@@ -49,7 +49,7 @@ LEFT_OUT = {
 a run that saves nothing must not write into the records of one that does."""
 
 _ABSENT = "absent"
-_NUM_LISTED = 5
+_NUM_LISTED = 3
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -88,8 +88,11 @@ def _is_left_out(key: str) -> bool:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return ``(key, old value, new value)`` where two identities differ; a key that is not there is ``absent``."""
-    keys = sorted({*old, *new})
+    """Return ``(key, old value, new value)`` where two identities differ, the model first.
+
+    A key that is not there is ``absent``.
+    """
+    keys = sorted({*old, *new}, key=lambda key: (not key.startswith("model."), key))
     found = [(key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys]
     return [item for item in found if item[1] != item[2]]
 

@@ -95,13 +95,15 @@ def parse_command_line(argv: Sequence[str], takes_positional: bool = False) -> C
 
 
 def load_config(line: CommandLine) -> ConfigNode:
-    """Read the config file and put the overrides in.
+    """Say which config file is read, read it, and put the overrides in.
 
     Raises:
         ConfigError: no file is named, or whatever is wrong with it.
     """
     if line.config_path is None:
         raise ConfigError(f"no config file is given. Name one with -c run.yaml.{_swallowed(line)}")
+    sys.stdout.write(f"cfg-path: {line.config_path}\n")
+    sys.stdout.flush()
     targets.allow_prefixes(line.allowed_targets)
     config = ConfigNode(read_yaml(line.config_path))
     for key, value in line.overrides:

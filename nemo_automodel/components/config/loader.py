@@ -234,9 +234,8 @@ class ConfigNode:
 
     def _call(self) -> tuple[Callable[..., Any], dict[str, Any]]:
         if "_target_" not in self._values:
-            raise ConfigError(
-                f"`{self._place or 'configuration'}` has no `_target_`. Name the class or function to call."
-            )
+            place = self._place or "configuration"
+            raise ConfigError(f"`{place}` has no `_target_`. Name the class or function to call.")
         target = targets.resolve(self.get("_target_"), _join(self._place, "_target_"))
         return target, {
             key: _argument(key, value, _join(self._place, key)) for key, value in self.items() if key not in CALL_KEYS

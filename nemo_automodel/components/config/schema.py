@@ -97,7 +97,12 @@ def unknown_key(section: str, key: str, known: Collection[str]) -> str:
 
 
 def check_target(
-    node: ConfigNode, *, runtime: Collection[str] = (), own_keywords: Collection[str] = (), place: str | None = None
+    node: ConfigNode,
+    *,
+    runtime: Collection[str] = (),
+    own_keywords: Collection[str] = (),
+    may_lack: bool = False,
+    place: str | None = None,
 ) -> Signature | None:
     """Check a section that describes a call, without importing its target.
 
@@ -108,6 +113,7 @@ def check_target(
         node: the section, with ``_target_``.
         runtime: keywords the program itself adds to the call.
         own_keywords: keywords an open target is known to take; a key close to one of them, but not equal, is an error.
+        may_lack: required arguments may come later, as a collate function's batch does.
         place: dotted name for messages; the node's own by default.
 
     Returns:
@@ -130,7 +136,11 @@ def check_target(
         refuse_later_target(path, f"{place}._target_")
         raise ConfigError(f"`{place}._target_: {path}`: {error} Correct the path.") from None
     if signature is not None:
-        _check_arguments(node, signature, place, path, runtime, own_keywords)
+        known = [name for name in signature.parameters if name not in runtime]
+        _check_keywords(node, signature, place, known, own_keywords)
+        for name in known:
+            if signature.parameters[name].is_required and not may_lack and name not in node:
+                raise ConfigError(f"`{place}` lacks `{name}`, which {path} needs. Add {place}.{name}.")
     return signature
 
 
@@ -249,6 +259,21 @@ def _remedy(value: Any, kinds: tuple[Any, ...], default: Any) -> str:
     return f" Change it, or leave it out for {show(default)}."
 
 
+def _edit_distance(a: str, b: str) -> int:
+    """Insertions, deletions, replacements and swaps of neighbours between two words (optimal string alignment)."""
+    before: list[int] = []
+    above = list(range(len(b) + 1))
+    for i, letter in enumerate(a, start=1):
+        row = [i]
+        for j, other in enumerate(b, start=1):
+            cost = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                cost = min(cost, before[j - 2] + 1)
+            row.append(cost)
+        before, above = above, row
+    return above[-1]
+
+
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
@@ -262,48 +287,29 @@ def _check_nested(value: Any, place: str) -> None:
         where = f"{place}.{key}"
         if isinstance(child, ConfigNode) and "_target_" in child:
             # a collate function gets its batch later; anything else gets all its arguments here
-            check_target(child, runtime=_ANYTHING if str(key).endswith("_fn") else (), place=where)
+            check_target(child, may_lack=str(key).endswith("_fn"), place=where)
         else:
             _check_nested(child, where)
 
 
-class _Anything(tuple[str, ...]):
-    """Contains every word."""
-
-    def __contains__(self, _: object) -> bool:
-        return True
-
-
-_ANYTHING = _Anything()
-
-
-def _check_arguments(
-    node: ConfigNode,
-    signature: Signature,
-    place: str,
-    path: str,
-    runtime: Collection[str],
-    own_keywords: Collection[str],
+def _check_keywords(
+    node: ConfigNode, signature: Signature, place: str, known: list[str], own_keywords: Collection[str]
 ) -> None:
-    known = [name for name in signature.parameters if name not in runtime]
     for key in node:
-        if key in CALL_KEYS:
-            continue
         parameter = signature.parameters.get(key)
         if parameter is not None:
             _check_argument(node, key, parameter, place)
+        elif key in CALL_KEYS or (signature.is_open and key in own_keywords):
+            continue
         elif not signature.is_open:
             raise ConfigError(
-                f"`{place}.{key}`: {path} takes no `{key}`.{did_you_mean(key, known) or _takes(known)} "
-                "Correct or remove it."
+                f"`{place}.{key}`: {node.get('_target_')} takes no `{key}`."
+                f"{did_you_mean(key, known) or _takes(known)} Correct or remove it."
             )
         else:
             slip = near_miss(key, [*known, *own_keywords])
-            if slip is not None and key not in own_keywords:
+            if slip is not None:
                 raise ConfigError(f"`{place}.{key}`: did you mean `{slip}`? Correct or remove it.")
-    for name, parameter in signature.parameters.items():
-        if parameter.is_required and name not in runtime and name not in node:
-            raise ConfigError(f"`{place}` lacks `{name}`, which {path} needs. Add {place}.{name}.")
 
 
 def _takes(known: list[str]) -> str:

@@ -64,6 +64,8 @@ def build_dataloader(
         "pin_memory": cfg.pin_memory and torch.cuda.is_available(),
         "persistent_workers": cfg.persistent_workers,
         "prefetch_factor": cfg.prefetch_factor,
+        # without a generator of its own, every start of an iteration would draw from the one that dropout uses
+        "generator": torch.Generator().manual_seed(seed),
     }
     batch_size = local_batch_size if cfg.batch_size == "local" else cfg.batch_size
     assert batch_size is None or isinstance(batch_size, int)
@@ -184,8 +186,8 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def __init__(self, dataset: Any, sampler: EpochBatchSampler | None, options: dict[str, Any]) -> None:
         self._rows, self.epoch = sampler, 0
-        self._num_batches, self._is_finished, self._resumes = 0, False, False
-        self._start = 0
+        self._start, self._num_batches, self._is_finished = 0, 0, False
+        self._has_begun, self._resumes = False, False
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
@@ -194,7 +196,8 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; a place loaded for another epoch is forgotten."""
         if epoch != self.epoch:
-            self._resumes = False
+            self._start, self._num_batches, self._is_finished = 0, 0, False
+            self._has_begun, self._resumes = False, False
             self.next_iter_state = None
         self.epoch = epoch
         if self._rows is not None:
@@ -217,7 +220,7 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
     def __iter__(self) -> Iterator[Any]:
         if not self._resumes:
             self._start, self._num_batches, self._is_finished = 0, 0, False
-        self._resumes = False
+        self._has_begun, self._resumes = True, False
         if self._is_finished:
             return
         if self._rows is not None:
@@ -231,7 +234,7 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         """Return the place: epoch, rows handed out over all replicas (or the stream's own state)."""
         state: dict[str, Any] = {"epoch": self.epoch, "is_finished": self._is_finished}
         if self._rows is None:
-            return {**state, "stream": super().state_dict()}
+            return {**state, "stream": super().state_dict() if self._has_begun else self.next_iter_state or {}}
         done = min(self._start + self._num_batches * self._rows.piece, self._rows.num_used)
         return {**state, "num_rows_done": done, "num_rows": self._rows.num_rows}
 
@@ -242,8 +245,9 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
             UserError: the data set has another number of rows than when the state was taken.
         """
         self.set_epoch(state["epoch"])
-        self._is_finished, self._resumes = state["is_finished"], True
+        self._is_finished, self._has_begun, self._resumes = state["is_finished"], False, True
         if self._rows is None:
+            self.next_iter_state = None
             super().load_state_dict(state["stream"])
             return
         if state["num_rows"] != self._rows.num_rows:

@@ -159,7 +159,7 @@ class StepScheduler:
         if self._signal is None:
             return step
         self._is_stopping = True
-        logger.warning("%s received: saving a checkpoint and stopping.", self._signal.name)
+        logger.warning("%s received: this step is the last one of this session.", self._signal.name)
         return replace(step, is_preempted=True, validates=False, saves=True)
 
     def _note_signal(self, number: signal.Signals) -> None:
