@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 BOS, EOS, UNK = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 MAX_LENGTH_TOKENS = 8192
@@ -26,7 +26,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with contextlib.redirect_stderr(io.StringIO()):  # three progress bars inside Transformers
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         restore_tokenizer(tokenizer)
         forget_quantizer(model, tokenizer)
@@ -35,7 +35,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         tokenizer.save_pretrained(target)
 
 
-def restore_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+def restore_tokenizer(tokenizer: Any) -> None:
     """Put back, in place, what the GGUF reader of Transformers 5 drops or misreads.
 
     SmolLM2 splits numbers into single digits before anything else; without that step ``12345`` becomes other tokens
@@ -51,7 +51,7 @@ def restore_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.model_max_length = MAX_LENGTH_TOKENS
 
 
-def forget_quantizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def forget_quantizer(model: PreTrainedModel, tokenizer: Any) -> None:
     """Make a model that was read from GGUF an ordinary one, in place.
 
     Transformers 5.23 refuses to save it otherwise.

