@@ -24,7 +24,7 @@ from nemo_automodel.components.optim.config import LRSchedulerConfig, optimizer_
 from nemo_automodel.components.quantization.config import CompileConfig, FP8Config, QATSettings, QuantizationConfig
 from nemo_automodel.components.training.config import StepSchedulerConfig
 from nemo_automodel.recipes import section_rules as rules
-from nemo_automodel.shared.errors import ConfigError
+from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError
 
 DEFAULT_SEED = 42
 DEFAULT_MAX_GRAD_NORM = 1.0
@@ -283,6 +283,11 @@ def _check_dataset(node: ConfigNode) -> None:
     tokenizer = node.get("tokenizer")
     node.remove("tokenizer")  # it may lack its path: then it is the model's
     check_target(node, runtime=("tokenizer",))
+    if node.get("unshifted") is True:
+        raise NotSupportedYetError(
+            f"`{node.place}.unshifted: true` leaves every label on its own token, which only recipes that are not "
+            "supported yet want; this one predicts the next token. Remove it."
+        )
     if tokenizer is not None:
         require_mapping(tokenizer, f"{node.place}.tokenizer")
         check_target(tokenizer, runtime=_TOKENIZER_RUNTIME)

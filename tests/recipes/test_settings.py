@@ -231,6 +231,16 @@ def test_freeze_embeddings_is_honoured():
         ({"checkpoint__checkpoint_dir": "msc://bucket/x"}, "checkpoint.checkpoint_dir"),
         ({"packed_sequence__pack_size": 1024}, "packed_sequence.pack_size"),
         ({"dataloader__dataloader_type": "single"}, "dataloader.dataloader_type"),
+        (
+            {
+                "dataset": {
+                    "_target_": "nemo_automodel.components.datasets.llm.chat_dataset.ChatDataset",
+                    "path_or_dataset_id": "x",
+                    "unshifted": True,
+                }
+            },
+            "dataset.unshifted",
+        ),
         ({"freeze_config__freeze_language_model": True}, "freeze_config.freeze_language_model"),
         ({"recipe": "FinetuneRecipeForVLM"}, "FinetuneRecipeForVLM"),
         *(
