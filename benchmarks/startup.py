@@ -222,7 +222,7 @@ def count_syncs(recipe: Any, step: Callable[[], object]) -> list[str]:
                 step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+        return [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
     with FollowDevice(recipe.model.parameters()) as follow:
         step()
     return follow.found

@@ -11,14 +11,21 @@ Shapes: B rows, S positions, N labelled positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from nemo_automodel._transformers.packing_masks import build_packed_masks, check_can_isolate, choose_packing_attention
+from nemo_automodel._transformers.packing_masks import (
+    MASKLESS_SDPA,
+    build_packed_masks,
+    check_can_isolate,
+    choose_packing_attention,
+    is_plain_causal,
+)
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.types import IGNORE_INDEX, Batch
 
@@ -43,6 +50,7 @@ class LabelledForward:
         self._bypasses_head = False
         self._packing_attention: str | None = None
         self._is_head_proven = False
+        self._is_plain_causal = is_plain_causal(model)
 
     def loss(self, batch: Batch, loss_fn: LossFn, num_label_tokens: int | torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss of one micro-batch as a scalar on the model's device.
@@ -66,7 +74,8 @@ class LabelledForward:
             self._check_head()
         self._rows, self._bypasses_head = rows.to(device, non_blocking=True), wants_hidden
         try:
-            logits = self.model(**self.model_inputs(batch), use_cache=False).logits
+            with self._attention_of(batch):
+                logits = self.model(**self.model_inputs(batch), use_cache=False).logits
             hidden_ND = self._hidden_ND
         finally:
             self._rows, self._hidden_ND = None, None
@@ -91,9 +100,34 @@ class LabelledForward:
             inputs["attention_mask"] = build_packed_masks(
                 self.model, batch["seq_lens"], batch["input_ids"].shape[1], self._packing_attention
             )
-        elif "attention_mask" in batch:
+        elif "attention_mask" in batch and not self._needs_no_mask(batch):
             inputs["attention_mask"] = batch["attention_mask"].to(device, non_blocking=True)
         return inputs
+
+    def _needs_no_mask(self, batch: Batch) -> bool:
+        """Tell whether causality alone keeps tokens from seeing padding: it does when all padding is at the end."""
+        if not self._is_plain_causal or "seq_lens" in batch:
+            return False
+        mask = batch.get("attention_mask")
+        return mask is None or bool((mask[:, 1:] <= mask[:, :-1]).all())
+
+    @contextmanager
+    def _attention_of(self, batch: Batch) -> Iterator[None]:
+        """Run unpacked rows without a mask where none is needed.
+
+        Transformers would look at every mask, or at every row's positions, to find out whether it can do without, and
+        each look waits for the device.
+        """
+        if not self._needs_no_mask(batch):
+            yield
+            return
+        config = self.model.config
+        usual = config._attn_implementation
+        config._attn_implementation = MASKLESS_SDPA
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
 
     def _keep_labelled_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if self._rows is None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nemo_automodel.kernels.attention import additive_mask, document_layout, packed_mask
 from nemo_automodel.shared.errors import UserError
@@ -26,6 +27,25 @@ _MASKABLE_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 # families that turn the two-dimensional mask into position biases, so a finished mask cannot be handed to them; Falcon
 # does so when its configuration sets `alibi`
 _BIASED_FAMILIES = ("bloom", "mpt")
+
+MASKLESS_SDPA = "maskless_sdpa"
+"""SDPA under a name for which Transformers makes no mask: attention is causal and nothing else."""
+
+AttentionInterface.register(MASKLESS_SDPA, sdpa_attention_forward)
+
+
+def is_plain_causal(model: PreTrainedModel) -> bool:
+    """Tell whether every layer attends to all earlier positions through SDPA, so that `MASKLESS_SDPA` is the same."""
+    config = model.config
+    if config is not config.get_text_config() or config._attn_implementation != "sdpa":
+        return False
+    # a model that picks its attention itself would compute without any mask under a name it does not know
+    if not model._supports_attention_backend or model._is_stateful or config.model_type in _BIASED_FAMILIES:
+        return False
+    kinds = layer_types(config)
+    if kinds is not None:
+        return set(kinds) == {"full_attention"}
+    return all(getattr(config, key, None) is None for key in ("sliding_window", "attention_chunk_size"))
 
 
 def check_can_isolate(model: PreTrainedModel) -> None:
