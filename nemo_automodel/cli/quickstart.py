@@ -250,7 +250,8 @@ Go on with
 
 
 def program_name() -> str:
-    """Return how this program is called here: ``automodel``, or its path where it is not on PATH."""
+    """Return how this program is called here: ``automodel``, its path where it is not on PATH, or the module."""
     if shutil.which("automodel"):
         return "automodel"
-    return os.path.relpath(Path(sys.executable).parent / "automodel")
+    script = Path(sys.executable).parent / "automodel"
+    return os.path.relpath(script) if script.is_file() else f"{sys.executable} -m nemo_automodel.cli.app"
