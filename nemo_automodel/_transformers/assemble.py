@@ -113,7 +113,22 @@ def _load(plan: AssemblyPlan, source: str) -> PreTrainedModel:
             **plan.hub,
         )
     _check_loaded(model, report, source)
+    if plan.quantization is not None:
+        _keep_packing(model)
     return model
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Keep evaluation from rewriting packed weights.
+
+    On a CPU with AVX512-BF16, bitsandbytes turns the weights of a layer that is evaluated into a layout of its own, for
+    good: scales are rounded to bf16, some shapes fail, and what trains after the first validation gets no gradient.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_loaded(model: PreTrainedModel, report: dict[str, Any], source: str) -> None:
