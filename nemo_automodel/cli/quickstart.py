@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_automodel.cli import report
 from nemo_automodel.cli.demo_sentences import QUESTION
-from nemo_automodel.cli.fetch_demo import Demo, fetch_demo
+from nemo_automodel.cli.fetch_demo import MANIFEST, Demo, default_directory, fetch_demo
 from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
 from nemo_automodel.shared.errors import UserError
 
@@ -55,10 +57,14 @@ def run(args: argparse.Namespace) -> int:
     run_dir = choose_directory(args.dir)
     if not RECIPE_FILE.is_file():
         raise UserError(f"{RECIPE_FILE} is missing. The quickstart runs from a checkout of the repository: clone it.")
-    heading(f"1/4 Model and data ({time.strftime('%H:%M')})")
-    demo = fetch_demo()
+    heading(f"1/3 Model and data ({time.strftime('%H:%M')})")
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        fetching = pool.submit(fetch_demo)
+        if (default_directory() / MANIFEST).is_file():
+            load_libraries()  # while half a gigabyte is hashed
+        demo = fetching.result()
     config = parse_args_and_load_config(RECIPE_FILE, overrides(demo, run_dir, args.steps))
-    print("Loading PyTorch and Transformers ...", flush=True)
+    load_libraries()
     set_num_threads()
     from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
 
@@ -93,6 +99,13 @@ def overrides(demo: Demo, run_dir: Path, num_steps: int | None) -> list[str]:
         f"--checkpoint.checkpoint_dir={run_dir}",
     ]
     return words if num_steps is None else [*words, f"--step_scheduler.max_steps={num_steps}"]
+
+
+def load_libraries() -> None:
+    """Import what a run needs, which takes seconds; only the first call does anything."""
+    if "nemo_automodel.recipes.llm.train_ft" not in sys.modules:
+        print("Loading PyTorch and Transformers ...", flush=True)
+        importlib.import_module("nemo_automodel.recipes.llm.train_ft")
 
 
 def set_num_threads() -> None:
@@ -144,26 +157,29 @@ def quiet() -> Iterator[None]:
 
 
 def train_and_compare(recipe: TrainFinetuneRecipeForNextTokenPrediction, held_out_file: Path) -> None:
-    """Train, with answers and numbers before and after; leave ``samples.jsonl`` in the run's directory."""
+    """Train, then compare answers and numbers with those of the model as it was; leave ``samples.jsonl`` in the run.
+
+    With its adapters switched off the model is exactly what it was before, so nothing has to be measured twice, and
+    the training begins at once.
+    """
     from nemo_automodel.cli.held_out import HeldOut, without_adapter, write_samples
 
     assert recipe.tokenizer is not None
     held_out = HeldOut(held_out_file, recipe.tokenizer)
     questions = held_out.questions(NUM_SHOWN)
-    heading(f"2/4 Before: the base model answers the first {NUM_SHOWN} of {len(held_out)} held-out rows")
-    before = held_out.answers(recipe.model, NUM_SHOWN, MAX_NEW_TOKENS)
-    show_answers(questions, {"before": before})
-    heading(f"3/4 Training: {recipe.schedule.total_steps} steps")
+    heading(f"2/3 Training: {recipe.schedule.total_steps} steps")
     start = time.monotonic()
     recipe.run_train_validation_loop()
     print(f"Training took {time.monotonic() - start:.0f} s.", flush=True)
-    heading(f"4/4 After: all {len(held_out)} held-out rows, none of them trained on")
-    after = held_out.answers(recipe.model, NUM_SHOWN, MAX_NEW_TOKENS)
-    write_samples(recipe.run_directory.path / "samples.jsonl", questions, before, after)
-    tuned = held_out.score(recipe.engine.forward, "Measuring the trained model")
+    heading(f"3/3 Before and after, on {len(held_out)} held-out rows, none of them trained on")
     with without_adapter(recipe.model):
+        before = held_out.answers(recipe.model, NUM_SHOWN, MAX_NEW_TOKENS)
         base = held_out.score(recipe.engine.forward, "Measuring the base model")
+    after = held_out.answers(recipe.model, NUM_SHOWN, MAX_NEW_TOKENS)
+    tuned = held_out.score(recipe.engine.forward, "Measuring the trained model")
+    write_samples(recipe.run_directory.path / "samples.jsonl", questions, before, after)
     show_scores(base, tuned)
+    print(f"The first {NUM_SHOWN} of them:", flush=True)
     show_answers(questions, {"before": before, "after": after})
 
 
