@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
 from nemo_automodel._transformers.packing_masks import (
-    MASKLESS_SDPA,
     build_packed_masks,
     check_can_isolate,
     choose_packing_attention,
@@ -74,7 +74,7 @@ class LabelledForward:
             self._check_head()
         self._rows, self._bypasses_head = rows.to(device, non_blocking=True), wants_hidden
         try:
-            with self._attention_of(batch):
+            with self.attention_of(batch):
                 logits = self.model(**self.model_inputs(batch), use_cache=False).logits
             hidden_ND = self._hidden_ND
         finally:
@@ -112,11 +112,12 @@ class LabelledForward:
         return mask is None or bool((mask[:, 1:] <= mask[:, :-1]).all())
 
     @contextmanager
-    def _attention_of(self, batch: Batch) -> Iterator[None]:
+    def attention_of(self, batch: Batch) -> Iterator[None]:
         """Run unpacked rows without a mask where none is needed.
 
         Transformers would look at every mask, or at every row's positions, to find out whether it can do without, and
-        each look waits for the device.
+        each look waits for the device. Whoever runs a backward pass that recomputes layers does it in here as well,
+        so that they find the same attention.
         """
         if not self._needs_no_mask(batch):
             yield

@@ -13,8 +13,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PretrainedConfig, PreTrainedModel
 
 from nemo_automodel.kernels.attention import additive_mask, document_layout, packed_mask
 from nemo_automodel.shared.errors import UserError
@@ -27,11 +26,6 @@ _MASKABLE_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 # families that turn the two-dimensional mask into position biases, so a finished mask cannot be handed to them; Falcon
 # does so when its configuration sets `alibi`
 _BIASED_FAMILIES = ("bloom", "mpt")
-
-MASKLESS_SDPA = "maskless_sdpa"
-"""SDPA under a name for which Transformers makes no mask: attention is causal and nothing else."""
-
-AttentionInterface.register(MASKLESS_SDPA, sdpa_attention_forward)
 
 
 def is_plain_causal(model: PreTrainedModel) -> bool:

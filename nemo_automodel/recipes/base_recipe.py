@@ -183,6 +183,8 @@ class BaseRecipe:
 
     def _build_optimizer(self) -> None:
         self.optimizer = build_optimizer(self.model, self._optimizer_target, self._optimizer_kwargs, self._overrides)
+        # walking through a model's modules takes a millisecond, so it is not done in every step
+        self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         config = self.settings.lr_scheduler
         self.lr_scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -252,7 +254,7 @@ class BaseRecipe:
             loss_value = grad_norm_value = 0.0
         else:
             loss = self.engine.forward_backward(batches, num_label_tokens)
-            grad_norm = clip_grad_norm(self.model.parameters(), self.settings.max_grad_norm)
+            grad_norm = clip_grad_norm(self._trainable, self.settings.max_grad_norm)
             loss_value, grad_norm_value = torch.stack([loss, grad_norm]).tolist()  # the step's one device sync
             self._check_finite(loss_value, grad_norm_value)
             self.optimizer.step()

@@ -47,8 +47,9 @@ class EagerEngine:
         assert num_label_tokens > 0, "a step without labels is skipped by the recipe"
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for batch in batches:
-            loss = self._loss(batch, num_label_tokens)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with self.forward.attention_of(batch):
+                loss = self._loss(batch, num_label_tokens)
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach().float()
         return total
 

@@ -31,7 +31,9 @@ def test_updates_equal_an_optimizer_built_by_hand(extra):
     ours, theirs = make_model(), make_model()
     built = train(ours, build_optimizer(ours, torch.optim.AdamW, values))
     trainable = [p for p in theirs.parameters() if p.requires_grad]
-    by_hand = torch.optim.AdamW(trainable, lr=1e-2, betas=(0.8, 0.99), eps=1e-7, weight_decay=0.1, **extra)
+    by_hand = torch.optim.AdamW(
+        trainable, lr=1e-2, betas=(0.8, 0.99), eps=1e-7, weight_decay=0.1, **(extra or {"fused": True})
+    )
     expected = train(theirs, by_hand)
     assert all(torch.equal(built[name], expected[name]) for name in expected)
     assert torch.equal(built["0.weight"], make_model()[0].weight)
@@ -109,3 +111,18 @@ def test_an_optimizer_of_another_package_trains():
     before = model[2].weight.detach().clone()
     train(model, optimizer, steps=1)
     assert not torch.equal(model[2].weight, before)
+
+
+@pytest.mark.parametrize("target", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("kwargs", "is_fused"), [({}, True), ({"fused": False}, False), ({"foreach": True}, False), ({"fused": True}, True)]
+)
+def test_torchs_adam_is_fused_unless_the_user_chose(target, kwargs, is_fused):
+    values = {"lr": 1e-2, "weight_decay": 0.1}
+    ours, theirs = make_model(), make_model()
+    optimizer = build_optimizer(ours, target, {**values, **kwargs})
+    assert bool(optimizer.defaults["fused"]) is is_fused
+    by_hand = target([p for p in theirs.parameters() if p.requires_grad], foreach=False, **values)
+    built, expected = train(ours, optimizer), train(theirs, by_hand)
+    for name, weight in expected.items():
+        torch.testing.assert_close(built[name], weight, rtol=1e-6, atol=1e-7)

