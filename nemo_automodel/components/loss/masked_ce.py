@@ -21,6 +21,8 @@ class MaskedCrossEntropy:
     """
 
     needs_hidden_states = False
+    chunk_rows: int | None = None
+    """Rows of logits that are held in fp32 at once; None leaves it to the vocabulary's size."""
 
     def __init__(self, fp32_upcast: bool = True, ignore_index: int = IGNORE_INDEX, reduction: str = "sum") -> None:
         check_reduction(reduction)
@@ -44,5 +46,11 @@ class MaskedCrossEntropy:
             UserError: shapes differ, or ``num_label_tokens`` with a reduction other than ``sum``.
         """
         labels = masked_labels(labels, mask, self.ignore_index)
-        losses = token_losses(logits, labels, ignore_index=self.ignore_index, fp32_upcast=self.fp32_upcast)
+        losses = token_losses(
+            logits,
+            labels,
+            ignore_index=self.ignore_index,
+            chunk_rows=self.chunk_rows,
+            fp32_upcast=self.fp32_upcast,
+        )
         return reduce_losses(losses, (labels != self.ignore_index).sum(), self.reduction, num_label_tokens)
