@@ -39,7 +39,7 @@ clean:
 # One stamp an extra. pip runs in the background so that somebody who watches sees what it is doing. The log is kept.
 # PYTHONDONTWRITEBYTECODE is unset: without .pyc files every later start takes twice as long.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "setup: installing nemo-automodel[$*] into $(VENV) (1 to 3 minutes, about 1.5 GB; log: $(VENV)/install-$*.log)"
+	@echo "setup: installing nemo-automodel[$*] into $(VENV) (1 to 3 minutes, about 1.5 GB, dev 2.2 GB; log: $(VENV)/install-$*.log)"
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip > /dev/null 2>&1 || { \
 	  echo "setup: $(VENV) has no pip. Run make clean; on Debian or Ubuntu also: apt install python3-venv"; exit 1; }
 	@unset PYTHONDONTWRITEBYTECODE; log=$(VENV)/install-$*.log; \

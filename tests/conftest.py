@@ -13,6 +13,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keep what tests cache away from the user's own cache."""
+    directory = tmp_path_factory.mktemp("cache")
+    os.environ["NEMO_AUTOMODEL_CACHE"] = str(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory):
     """Return a function ``family → directory`` of tiny random models, each written once a session."""

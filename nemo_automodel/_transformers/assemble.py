@@ -4,9 +4,10 @@
    are held beside the packed model (``AUTOMODEL_BNB_STREAMING`` asks for what happens anyway);
 2. freeze what ``freeze_config`` names;
 3. put adapters on whatever linear layers are there, packed or not;
-4. recompute activations in the backward pass;
-5. compile;
-6. move to the device, unless the weights were read straight onto it.
+4. move to the device, unless the weights were read straight onto it;
+5. put fast decoder layers in where they apply (`fast_layers`), which recompute activations themselves;
+6. have other layers recompute activations in the backward pass;
+7. compile.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
 from nemo_automodel._transformers.model_source import readable_errors
 from nemo_automodel._transformers.options import FREEZE_KEYS
 from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
@@ -54,6 +56,11 @@ class AssemblyPlan:
     device: torch.device
     dtype: torch.dtype | None
     attn_implementation: str | None = None
+    asks_attention: bool = False
+    """The user named the attention implementation."""
+    fast_layers: str = "auto"
+    force_hf: bool = False
+    autocast_dtype: str | None = None
     quantization: BitsAndBytesConfig | None = None
     freeze: dict[str, bool] = field(default_factory=dict)
     peft: PeftConfig | None = None
@@ -75,12 +82,26 @@ def assemble(plan: AssemblyPlan) -> PreTrainedModel:
     if plan.peft is not None:
         num_layers = apply_lora(model, plan.peft)
         logger.info("LoRA on %d linear layers, rank %d.", num_layers, plan.peft.dim)
-    if plan.activation_checkpointing != "none":
-        _recompute_activations(model, plan.activation_checkpointing)
-    _compile(model, plan.compile, plan.compile_layers)
     if plan.quantization is None:  # packed weights are already there, and some refuse to move
         model.to(plan.device)  # type: ignore[arg-type]
+    is_fast = use_fast_layers(model, _fast_request(plan))
+    if plan.activation_checkpointing != "none" and not is_fast:
+        _recompute_activations(model, plan.activation_checkpointing)
+    _compile(model, plan.compile, plan.compile_layers)
     return model
+
+
+def _fast_request(plan: AssemblyPlan) -> FastRequest:
+    return FastRequest(
+        wish=plan.fast_layers,
+        peft=plan.peft,
+        recompute=plan.activation_checkpointing,
+        force_hf=plan.force_hf,
+        is_quantized=plan.quantization is not None,
+        is_compiled=plan.compile_layers or (plan.compile is not None and plan.compile.enabled),
+        autocast_dtype=plan.autocast_dtype,
+        asks_attention=plan.asks_attention,
+    )
 
 
 def _build(plan: AssemblyPlan) -> PreTrainedModel:

@@ -61,6 +61,8 @@ class _NeMoAutoModel:
         use_sdpa_patching: bool | None = None,
         sdpa_method: Any = None,
         force_hf: bool = False,
+        fast_layers: str | bool = "auto",
+        autocast_dtype: str | None = None,
         has_packed_sequence: bool = False,
         output_hidden_states: bool | None = None,
         distributed_setup: Any = None,
@@ -73,10 +75,12 @@ class _NeMoAutoModel:
 
         ``torch_dtype`` (or ``dtype``) ``auto`` is the stored dtype on a GPU and fp32 on a CPU. ``device`` defaults to
         the first GPU, else the CPU. ``activation_checkpointing`` is ``none``, ``selective`` or ``full``.
-        ``compile_config`` compiles the whole model, ``compile_layers`` each decoder layer. The liger and SDPA keys,
-        ``backend``, ``force_hf``, ``has_packed_sequence`` and ``output_hidden_states`` are accepted and change
-        nothing. ``kwargs``: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``,
-        ``force_download``, or keys of config.json to override.
+        ``compile_config`` compiles the whole model, ``compile_layers`` each decoder layer. ``fast_layers`` is ``auto``,
+        ``on`` or ``off``: decoder layers in their fast form, see docs/performance.md; ``force_hf`` turns it off as
+        well. ``autocast_dtype`` says that the caller computes under autocast. The liger and SDPA keys, ``backend``,
+        ``has_packed_sequence`` and ``output_hidden_states`` are accepted and change nothing. ``kwargs``:
+        ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``, ``force_download``, or keys of
+        config.json to override.
 
         Raises:
             UserError: every mistake of the caller, in one line: no such model, incomplete files, unknown keys or
@@ -131,6 +135,10 @@ class _NeMoAutoModel:
             device=device,
             dtype=dtype,
             attn_implementation=attention,
+            asks_attention=options.attn_implementation is not None,
+            fast_layers=str(options.fast_layers),
+            force_hf=options.force_hf,
+            autocast_dtype=options.autocast_dtype,
             quantization=quantization,
             freeze=options.freeze_config or {},
             peft=options.peft_config,

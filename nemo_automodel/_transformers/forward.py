@@ -11,6 +11,7 @@ Shapes: B rows, S positions, N labelled positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,24 +20,35 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from nemo_automodel._transformers import frozen_head
 from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
 from nemo_automodel._transformers.packing_masks import (
+    Machine,
+    PackedMask,
     build_packed_masks,
     check_can_isolate,
-    choose_packing_attention,
+    choose_backend,
     is_plain_causal,
+    switch_attention,
 )
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.types import IGNORE_INDEX, Batch
 
 LossFn = Callable[..., torch.Tensor]
 
+logger = logging.getLogger(__name__)
+
 
 class LabelledForward:
-    """Computes losses with a model. Hand it CPU batches: then the labels are found without waiting for the device."""
+    """Computes losses with a model. Hand it CPU batches: then the labels are found without waiting for the device.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    ``packed_attention`` names the kernel of packed rows: ``varlen``, ``flex``, ``dense``, or ``auto`` for the first of
+    them that can run. ``joins_frozen_head`` computes a frozen head and the loss in one step where they allow it.
+    """
+
+    def __init__(self, model: PreTrainedModel, packed_attention: str = "auto", joins_frozen_head: bool = True) -> None:
         self.model = model
+        self.packed_attention = packed_attention
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None:
             raise UserError(
@@ -48,8 +60,11 @@ class LabelledForward:
         self._rows: torch.Tensor | None = None
         self._hidden_ND: torch.Tensor | None = None
         self._bypasses_head = False
-        self._packing_attention: str | None = None
+        self._backends: dict[bool, str] = {}
+        """The kernel of packed rows, without and with shared prefixes; chosen when the first such batch comes."""
         self._is_head_proven = False
+        self._joins_head: bool | None = None if joins_frozen_head else False
+        """Whether the head and a plain loss are one step; ``None``: to be found out."""
         self._is_plain_causal = is_plain_causal(model)
 
     def loss(self, batch: Batch, loss_fn: LossFn, num_label_tokens: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -68,9 +83,10 @@ class LabelledForward:
             rows = rows.new_zeros(1)
         device = self.model.device
         labels_N = labels[rows].to(device, non_blocking=True)
+        plain = self._plain_loss(loss_fn)
         # a loss of the user's own may leave the attribute out
-        wants_hidden = getattr(loss_fn, "needs_hidden_states", False)
-        if wants_hidden:
+        wants_hidden = plain is not None or getattr(loss_fn, "needs_hidden_states", False)
+        if wants_hidden and plain is None:
             self._check_head()
         self._rows, self._bypasses_head = rows.to(device, non_blocking=True), wants_hidden
         try:
@@ -82,6 +98,8 @@ class LabelledForward:
         if not wants_hidden:
             return loss_fn(logits=logits.flatten(0, 1), labels=labels_N, num_label_tokens=num_label_tokens)
         assert hidden_ND is not None, "the model did not call its output head"
+        if plain is not None:
+            return frozen_head.loss_of_rows(self._head, hidden_ND, labels_N, num_label_tokens, plain)
         if not self._is_head_proven:
             self._prove_head(hidden_ND[:1], logits.flatten(0, 1), loss_fn)
         return loss_fn(
@@ -93,16 +111,24 @@ class LabelledForward:
         device = self.model.device
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"].to(device, non_blocking=True)}
         if "seq_lens" in batch:
-            if self._packing_attention is None:
-                check_can_isolate(self.model)
-                self._packing_attention = choose_packing_attention(self.model)
             inputs["position_ids"] = batch["position_ids"].to(device, non_blocking=True)
-            inputs["attention_mask"] = build_packed_masks(
-                self.model, batch["seq_lens"], batch["input_ids"].shape[1], self._packing_attention
-            )
+            inputs["attention_mask"] = self._packed_masks(batch)
         elif "attention_mask" in batch and not self._needs_no_mask(batch):
             inputs["attention_mask"] = batch["attention_mask"].to(device, non_blocking=True)
         return inputs
+
+    def _packed_masks(self, batch: Batch) -> PackedMask:
+        has_branches = "branch_ids" in batch
+        if has_branches not in self._backends:
+            check_can_isolate(self.model, batch["input_ids"].shape[1])
+            device = self.model.device
+            is_cast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if is_cast else self.model.dtype
+            backend, reason = choose_backend(self.model, self.packed_attention, Machine.of(device), dtype, has_branches)
+            logger.info("Attention of packed rows: %s (%s).", backend, reason)
+            switch_attention(self.model, backend)
+            self._backends[has_branches] = backend
+        return build_packed_masks(self.model, batch, self._backends[has_branches])
 
     def _needs_no_mask(self, batch: Batch) -> bool:
         """Tell whether causality alone keeps tokens from seeing padding: it does when all padding is at the end."""
@@ -139,8 +165,34 @@ class LabelledForward:
             hidden_ND = hidden_ND[:1].detach()
         return (hidden_ND.unsqueeze(0),)
 
+    def _plain_loss(self, loss_fn: LossFn) -> frozen_head.PlainLoss | None:
+        """Return a loss that is computed together with the head, None where it is computed from logits or by itself."""
+        plain = frozen_head.as_plain_loss(loss_fn)
+        if plain is None or self._joins_head is False:
+            return None
+        if self._joins_head is None:
+            reason = frozen_head.obstacle(self.model, self._head)
+            if reason is None and not frozen_head.explains_two_tokens(self.model, self._head, self._last_row):
+                reason = f"{type(self.model).__name__} changes its logits after the head"
+            self._joins_head = reason is None
+            logger.info(
+                "Loss: %s.", "in one step with the frozen output head" if reason is None else f"on logits, {reason}"
+            )
+        return plain if self._joins_head else None
+
+    def _last_row(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return hidden states and logits of the last of one row of tokens, ``[1, D]`` and ``[1, V]``."""
+        self._rows, self._bypasses_head = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device), True
+        try:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+            hidden_1D = self._hidden_ND
+        finally:
+            self._rows, self._hidden_ND = None, None
+        assert hidden_1D is not None, "the model did not call its output head"
+        return hidden_1D, logits.flatten(0, 1)
+
     def _check_head(self) -> None:
-        if type(self._head) is not nn.Linear or self._head.bias is not None:
+        if not frozen_head.is_one_matrix(self._head):
             raise UserError(
                 "FusedLinearCrossEntropy reads the weight of a plain output head, but the head of this model has a "
                 "bias or an adapter. Use nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy."
@@ -153,13 +205,8 @@ class LabelledForward:
         """
         softcap = getattr(loss_fn, "logit_softcapping", 0)
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None) or 0
-        with torch.no_grad():
-            expected_1V = nn.functional.linear(hidden_1D, self._head.weight)  # type: ignore[arg-type]
-            tolerance = 1e-4 if expected_1V.dtype == torch.float32 else 2e-2
-            expected_1V = expected_1V.float()
-            if softcap:
-                expected_1V = softcap * torch.tanh(expected_1V / softcap)
-        if cap != softcap or not torch.allclose(logits_1V.float(), expected_1V, rtol=tolerance, atol=tolerance):
+        weight: Any = self._head.weight
+        if cap != softcap or not frozen_head.weight_explains(weight, hidden_1D, logits_1V, softcap):
             remedy = f"Set `loss_fn.logit_softcapping: {cap}`, or use" if cap != softcap else "Use"
             raise UserError(
                 f"FusedLinearCrossEntropy reads the weight of the output head, but {type(self.model).__name__} changes "

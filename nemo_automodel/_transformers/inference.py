@@ -13,9 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
-from nemo_automodel._transformers.model_files import ADAPTER_CONFIG, AUTOMODEL_PEFT_CONFIG, read_adapter_weights
+from nemo_automodel._transformers.model_files import (
+    ADAPTER_CONFIG,
+    AUTOMODEL_PEFT_CONFIG,
+    ModelFiles,
+    read_adapter_weights,
+)
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal, read_json
 from nemo_automodel.components._peft.adapter_state import config_from_adapter, load_adapter_state_dict
+from nemo_automodel.components.checkpoint.layout import MODEL_DCP_DIR, MODEL_DIR, SCHEDULE_FILE
+from nemo_automodel.components.checkpoint.manifest import verify
+from nemo_automodel.components.checkpoint.model_dcp import has_model, read_model
 from nemo_automodel.shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +44,13 @@ def find_model_directory(path: str | Path) -> str:
     return str(path)
 
 
+def _checkpoint_of(directory: Path) -> Path | None:
+    """Return the checkpoint that a directory of model files belongs to, None where it stands alone."""
+    folder = directory.parent if directory.name == "consolidated" else directory
+    is_part = folder.name == MODEL_DIR and (folder.parent / SCHEDULE_FILE).is_file()
+    return folder.parent if is_part else None
+
+
 def load_for_inference(
     path: str | Path,
     *,
@@ -53,16 +68,30 @@ def load_for_inference(
     """
     hide_bars_without_terminal()
     directory = find_model_directory(path)
+    checkpoint = _checkpoint_of(Path(directory))
+    if checkpoint is not None:
+        verify(checkpoint, (f"{MODEL_DIR}/", f"{MODEL_DCP_DIR}/"))
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "torch_dtype": dtype or "auto"}
+    options["fast_layers"] = "off"  # generation with a cache runs Transformers' modules, so packing would be in vain
     if not (Path(directory) / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise UserError(f"`--base {base}` names the base of an adapter, but `{path}` is no adapter. Leave it out.")
-        model = NeMoAutoModelForCausalLM.from_pretrained(directory, **options)
+        if checkpoint is not None and has_model(checkpoint):
+            model = _load_torch_save(checkpoint, options)
+        else:
+            model = NeMoAutoModelForCausalLM.from_pretrained(directory, **options)
         return model, NeMoAutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     model = _load_adapter(Path(directory), base, options)
     own_tokenizer = (Path(directory) / "tokenizer_config.json").is_file()
     source = directory if own_tokenizer else str(model.config.name_or_path)
     return model, NeMoAutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _load_torch_save(checkpoint: Path, options: dict[str, Any]) -> PreTrainedModel:
+    """Return the model of a checkpoint that was saved with ``model_save_format: torch_save``."""
+    model = NeMoAutoModelForCausalLM.from_config(str(checkpoint / MODEL_DIR), **options)
+    read_model(checkpoint, ModelFiles(model, None).weights())
+    return model
 
 
 def _load_adapter(directory: Path, base: str | None, options: dict[str, Any]) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,41 @@ class ModelFiles:
         self.peft_config: PeftConfig | None = next((x.peft_config for x in lora_layers(model).values()), None)
         _mend_generation_config(model)
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that ``write`` writes: the live ones, tied ones once, or the adapter's on the CPU."""
+        return _live_weights(self.model) if self.peft_config is None else adapter_state_dict(self.model)
+
     def write(self, directory: Path) -> None:
         """Write config, generation config, weights, tokenizer and the model's own code into ``directory``.
 
         An adapter is PEFT's weights and config, our settings, the tokenizer and the model's own code.
         """
+        self.write_from(directory, self.weights())
+
+    def write_from(self, directory: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """Do what ``write`` does with ``weights``: those of ``weights()`` or copies of them; None leaves them out."""
         if self.peft_config is None:
-            self.model.save_pretrained(directory)
+            self._write_whole(directory, weights)
         else:
             directory.mkdir(parents=True, exist_ok=True)
             base_name = str(self.model.config.name_or_path)
-            save_file(adapter_state_dict(self.model), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            if weights is not None:
+                save_file(dict(weights), directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             _write_json(directory / ADAPTER_CONFIG, adapter_config(self.model, self.peft_config, base_name))
             _write_json(directory / AUTOMODEL_PEFT_CONFIG, automodel_peft_config(self.peft_config))
             if self.model._auto_class is not None:  # set for models that came with code of their own
                 custom_object_save(self.model, directory)
         _write_tokenizer(self.tokenizer, directory)
+
+    def _write_whole(self, directory: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
+        if weights is not None:
+            self.model.save_pretrained(directory, state_dict=dict(weights))
+            return
+        self.model.config.save_pretrained(directory)
+        if self.model.can_generate():
+            self.model.generation_config.save_pretrained(directory)
+        if self.model._auto_class is not None:
+            custom_object_save(self.model, directory)
 
     def read(self, directory: Path) -> None:
         """Copy the weights, or the adapter, of ``directory`` into the live model, keeping the live dtypes.

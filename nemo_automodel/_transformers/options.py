@@ -10,6 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from nemo_automodel.components._peft.config import PeftConfig
+from nemo_automodel.components.fast.config import parse_fast_layers
 from nemo_automodel.components.quantization.config import CompileConfig, QuantizationConfig
 from nemo_automodel.shared.backend import BackendConfig
 from nemo_automodel.shared.dtypes import parse_dtype
@@ -53,6 +54,8 @@ class ModelOptions:
     use_sdpa_patching: bool | None = None
     sdpa_method: Any = None
     force_hf: bool = False
+    fast_layers: str | bool = "auto"
+    autocast_dtype: str | None = None
     has_packed_sequence: bool = False
     output_hidden_states: bool | None = None
     distributed_setup: Any = None
@@ -82,6 +85,7 @@ class ModelOptions:
                 f"`activation_checkpointing: {self.activation_checkpointing}` is not known. "
                 f"Use {', '.join(RECOMPUTE_POLICIES)}."
             )
+        self.fast_layers = parse_fast_layers(self.fast_layers, self.force_hf)
         for key in self.freeze_config or {}:
             if key not in FREEZE_KEYS:
                 raise ConfigError(

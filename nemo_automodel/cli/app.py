@@ -25,10 +25,15 @@ __all__ = ["main", "run_safely"]
 TOOLS = {
     "generate": "generate",
     "chat": "chat",
+    "inspect": "inspect",
     "report": "report",
+    "replay": "replay",
+    "doctor": "doctor",
     "fetch-demo": "fetch_demo",
     "quickstart": "quickstart",
 }
+# tools whose other words are overrides, or a config file and overrides
+_TOOLS_OF_A_CONFIG = ("inspect", "replay")
 _TASKS = ("finetune", "pretrain", "kd", "benchmark")
 _DOMAINS = ("llm", "vlm")
 _USAGE = """\
@@ -123,12 +128,16 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def _run_tool(name: str, words: list[str]) -> int:
     module = _tool(name)
-    parser = _OneLineParser(prog=f"automodel {name}", description=module.__doc__)
+    parser = _OneLineParser(prog=f"automodel {name}", description=module.__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(parser)
     try:
-        args = parser.parse_args(words)
+        if name in _TOOLS_OF_A_CONFIG:
+            args, others = parser.parse_known_args(words)
+            args.words = others
+        else:
+            args = parser.parse_args(words)
     except SystemExit:  # argparse printed its help
         return 0
     return int(module.run(args))

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path, PurePosixPath
 
 from nemo_automodel.cli import demo_model, demo_sentences
 from nemo_automodel.components.loggers.console import progress
+from nemo_automodel.shared.cache import cache_directory
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import is_available, require
 
@@ -126,11 +126,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def default_directory() -> Path:
-    """Return ``demo`` in $NEMO_AUTOMODEL_CACHE, $XDG_CACHE_HOME/nemo_automodel or ~/.cache/nemo_automodel."""
-    if own := os.environ.get("NEMO_AUTOMODEL_CACHE"):
-        return Path(own).expanduser() / "demo"
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "nemo_automodel" / "demo"
+    """Return the cache's ``demo`` directory."""
+    return cache_directory("demo")
 
 
 def fetch_demo(directory: Path | None = None) -> Demo:

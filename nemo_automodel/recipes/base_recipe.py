@@ -6,7 +6,7 @@ before the model is loaded: the settings, the run directory, the names of the op
 trackers.
 
 ``train_step`` waits for the device once, to read the loss and the gradient norm together, before the update: a step
-that is not finite stops the run with the weights untouched.
+that is not finite never reaches the weights (see ``sick_runs`` for what happens then).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nemo_automodel._transformers.forward import LossFn
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal
-from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, Parts, estimate_num_bytes
-from nemo_automodel.components.checkpoint.disk import check_writable
+from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, SaveError, estimate_num_bytes
+from nemo_automodel.components.checkpoint.disk import check_writable, warn_if_crowded
+from nemo_automodel.components.checkpoint.parts import Parts
 from nemo_automodel.components.checkpoint.restore import newest_checkpoint
 from nemo_automodel.components.checkpoint.run_directory import choose_run_directory
 from nemo_automodel.components.config import targets
@@ -48,10 +49,12 @@ from nemo_automodel.components.training.garbage_collection import GarbageCollect
 from nemo_automodel.components.training.rng import ScopedRNG, StatefulRNG
 from nemo_automodel.components.training.step_scheduler import Step, StepScheduler, TrainLoader
 from nemo_automodel.recipes.banner import log_experiment, log_model
+from nemo_automodel.recipes.data_check import DataCheck
 from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens, count_tokens
+from nemo_automodel.recipes.packing_proof import prove_packing
 from nemo_automodel.recipes.settings import effective_yaml, load_settings
+from nemo_automodel.recipes.sick_runs import SickRuns
 from nemo_automodel.shared.dtypes import parse_dtype
-from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.types import Batch, Stateful, StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -79,6 +82,8 @@ class BaseRecipe:
     tokenizer: PreTrainedTokenizerBase | None
     train_loader: ResumableLoader
     val_loaders: Mapping[str, Iterable[Batch]]
+    data_check: DataCheck | None = None
+    """The label gate; None where it is off."""
 
     def __init__(self, cfg: ConfigNode) -> None:
         self.cfg = cfg
@@ -90,7 +95,7 @@ class BaseRecipe:
         raise NotImplementedError
 
     def build_data(self) -> None:
-        """Set ``tokenizer``, ``train_loader`` and ``val_loaders``."""
+        """Set ``tokenizer``, ``train_loader`` and ``val_loaders``, and ``data_check`` unless it is off."""
         raise NotImplementedError
 
     def build_model(self) -> None:
@@ -118,6 +123,8 @@ class BaseRecipe:
         with ScopedRNG(self.settings.seed, ranked=True):
             self.build_data()
         self.schedule = StepScheduler(self.settings.step_scheduler, self.train_loader, self.mesh.dp_size)
+        if self.data_check is not None:
+            self.data_check.before_model(self.schedule.grad_accum)
         self._open_loggers()
         with ExitStack() as on_failure:
             on_failure.callback(self.loggers.close, succeeded=False)
@@ -126,6 +133,7 @@ class BaseRecipe:
             self.model.train()
             self.model_files = ModelFiles(self.model, self.tokenizer)
             self._build_engine()
+            prove_packing(self.engine, self.settings)
             self._build_optimizer()
             self._restore()
             on_failure.pop_all()
@@ -133,21 +141,43 @@ class BaseRecipe:
         logger.info("Optimizer: %s", self.optimizer)
         logger.info("LR scheduler: %s", self.lr_scheduler.plan)
         logger.info(
-            "Step scheduler: %s steps in all, %s an epoch, %d micro-batches a step, starting at step %d of epoch %d",
-            self.schedule.total_steps or "unknown",
-            self.schedule.epoch_len or "unknown",
-            self.schedule.grad_accum,
+            "Step scheduler: %s, %s a step, starting at step %d of epoch %d",
+            self.schedule.describe(),
+            self._micro_batches_of_a_step(),
             self.schedule.step,
             self.schedule.epoch,
         )
 
+    def _micro_batches_of_a_step(self) -> str:
+        max_tokens = self.settings.step_scheduler.local_batch_tokens
+        if max_tokens is None:
+            return f"{self.schedule.grad_accum} micro-batches"
+        return f"micro-batches of at most {max_tokens:,} tokens"
+
+    def set_up_model(self) -> None:
+        """Prepare the model and its loss alone, without data, run directory or optimizer, to redo a dumped step.
+
+        Raises:
+            UserError: as ``setup``.
+        """
+        self.settings = load_settings(self.cfg)
+        self._find_devices()
+        self._read_callables()
+        with ScopedRNG(self.settings.seed, ranked=True):
+            self.build_model()
+        self.model.train()
+        self._build_engine()
+
     def _set_up_process(self) -> None:
+        self._find_devices()
+        log_experiment(type(self).__name__, self.model_name(), self.dist, self.effective)
+
+    def _find_devices(self) -> None:
         hide_bars_without_terminal()
         self.dist = initialize_distributed(self.settings.dist_env)
         self.device = self.dist.device
         self.mesh = build_mesh(self.settings.distributed, self.dist.world_size)
         self.rng = StatefulRNG(self.settings.seed, ranked=True)
-        log_experiment(type(self).__name__, self.model_name(), self.dist, self.effective)
 
     def _read_callables(self) -> None:
         """Find the loss and the optimizer by name and check their arguments."""
@@ -167,7 +197,7 @@ class BaseRecipe:
     def _open_loggers(self) -> None:
         self.loggers = RunLoggers(
             self.run_directory.path,
-            total_steps=self.schedule.total_steps,
+            total_steps=self.schedule.most_steps,
             wandb=self.settings.wandb,
             mlflow=self.settings.mlflow,
             tensorboard=self.settings.tensorboard,
@@ -179,7 +209,14 @@ class BaseRecipe:
     def _build_engine(self) -> None:
         name = self.settings.distributed.autocast_dtype
         autocast_dtype = None if name is None else parse_dtype(name, "distributed.autocast_dtype")
-        self.engine = EagerEngine(self.model, self.loss_fn, self.device, autocast_dtype)
+        self.engine = EagerEngine(
+            self.model,
+            self.loss_fn,
+            self.device,
+            autocast_dtype,
+            self.settings.packed_sequence.attention,
+            joins_frozen_head=not self.settings.model.get("force_hf", False),
+        )
 
     def _build_optimizer(self) -> None:
         self.optimizer = build_optimizer(self.model, self._optimizer_target, self._optimizer_kwargs, self._overrides)
@@ -188,19 +225,39 @@ class BaseRecipe:
         config = self.settings.lr_scheduler
         self.lr_scheduler = OptimizerParamScheduler(
             self.optimizer,
-            plan_schedule(config, self.optimizer, self.schedule.total_steps),
+            # without a section nothing depends on the length, so nobody waits for it
+            plan_schedule(config, self.optimizer, None if config is None else self.schedule.total_steps),
             keeps_saved_plan=config is not None and config.use_checkpoint_opt_param_scheduler is True,
         )
 
     def _restore(self) -> None:
         self.checkpointer = Checkpointer(self.settings.checkpoint, self.run_directory.path)
+        num_bytes = estimate_num_bytes(self.model, saves_whole_model=self.settings.peft is None)
+        self.sick_runs = SickRuns(
+            self.settings.loss_guard,
+            self.engine,
+            self.model,
+            self.train_loader,
+            items_are_steps=self.settings.step_scheduler.local_batch_tokens is not None,
+            run_dir=self.run_directory.path,
+            config_yaml=self.effective,
+            num_bytes_reserved=num_bytes if self.settings.checkpoint.enabled else 0,
+        )
         if self.settings.checkpoint.enabled:
-            num_bytes = estimate_num_bytes(self.model, saves_whole_model=self.settings.peft is None)
             check_writable(self.run_directory.path, num_bytes)
+            warn_if_crowded(self.run_directory.path, num_bytes, self._most_checkpoints())
         if self.run_directory.resume_from is not None:
             self.checkpointer.load(self.run_directory.resume_from, self.state())
         self.loggers.truncate_after(self.schedule.step - 1)
         self._step_end_s = time.perf_counter()
+
+    def _most_checkpoints(self) -> int:
+        """Return how many checkpoints will be there at once, as far as that is known; at least 1."""
+        num_steps, every = self.schedule.most_steps, self.settings.step_scheduler.ckpt_every_steps
+        num_saves = 1 if num_steps is None or every is None else -(-(num_steps - self.schedule.step) // every)
+        kept = self.settings.checkpoint.max_recent_checkpoints
+        # the best one is kept beside the newest, and a new one is whole before an old one goes
+        return max(1, num_saves if kept is None else min(num_saves, kept + 2))
 
     def state(self) -> Parts:
         """Return everything a checkpoint holds, by name."""
@@ -213,6 +270,7 @@ class BaseRecipe:
             train_loader=self.train_loader,
             rng=self.rng,
             config_yaml=self.effective,
+            loss_guard=self.sick_runs.guard,
         )
 
     # The loop.
@@ -224,12 +282,14 @@ class BaseRecipe:
         done: tuple[Step, StepMetrics] | None = None
         garbage = GarbageCollection(self.settings.step_scheduler.gc_every_steps)
         self._step_end_s = time.perf_counter()
-        with self.loggers, garbage, closing(iter(self.schedule)) as steps:
+        with self.loggers, self.checkpointer, garbage, closing(iter(self.schedule)) as steps:
             for planned, batches in steps:
+                if self.data_check is not None:
+                    self.data_check.first_step(batches)
                 metrics = self.train_step(batches)
                 step = self.schedule.poll(planned)
                 self.loggers.train(step.index, step.epoch, metrics)
-                self._validate_and_save(step, metrics)
+                step = self._validate_and_save(step, metrics)
                 garbage.after_step(step.index)
                 done = step, metrics
             if done is not None and not done[0].saves:
@@ -243,7 +303,8 @@ class BaseRecipe:
         A step without a single label changes nothing but the learning rate's count.
 
         Raises:
-            UserError: the loss or the gradient norm is not finite; the weights are as they were before the step.
+            UserError: the loss or the gradient norm is not finite and the run is to stop then; the weights are as they
+                were before the step.
         """
         num_label_tokens = self.mesh.sum_dp(count_label_tokens(batches))
         if num_label_tokens == 0:
@@ -253,11 +314,16 @@ class BaseRecipe:
             )
             loss_value = grad_norm_value = 0.0
         else:
+            self.sick_runs.begin(self.schedule.step - 1, self.schedule.epoch, batches)
             loss = self.engine.forward_backward(batches, num_label_tokens)
             grad_norm = clip_grad_norm(self._trainable, self.settings.max_grad_norm)
             loss_value, grad_norm_value = torch.stack([loss, grad_norm]).tolist()  # the step's one device sync
-            self._check_finite(loss_value, grad_norm_value)
-            self.optimizer.step()
+            instead = self.sick_runs.judge(loss_value, grad_norm_value, num_label_tokens)
+            self.checkpointer.wait_for_staging()  # a save in the background may still read the weights
+            if instead is None:
+                self.optimizer.step()
+            elif instead == "rollback":
+                self._roll_back()
             self.optimizer.zero_grad()
         self.lr_scheduler.step()
         num_tokens = self.mesh.sum_dp(count_tokens(batches))
@@ -271,14 +337,15 @@ class BaseRecipe:
             tps=num_tokens / self._take_step_s(),
         )
 
-    def _check_finite(self, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def _roll_back(self) -> None:
+        """Take weights and optimizer back to the last checkpoint; the data and the count of steps go on."""
+        self.checkpointer.finish()
+        checkpoint = newest_checkpoint(self.run_directory.path) or self.run_directory.resume_from
+        if checkpoint is None:
+            logger.warning("There is no checkpoint to go back to yet, so only the step is left out.")
             return
-        raise UserError(
-            f"Step {self.schedule.step - 1} is not finite (loss {loss}, grad_norm {grad_norm}); its update was not "
-            "applied and the run stops. Lower `optimizer.lr`, lengthen the warm-up, or set "
-            "`model.torch_dtype: float32`. The last checkpoint is untouched."
-        )
+        self.checkpointer.load_weights(checkpoint, self.state())
+        logger.warning("Weights and optimizer are those of %s again; training goes on with the next rows.", checkpoint)
 
     def _take_step_s(self) -> float:
         """Return the seconds since the last call: data, validation and saving of the time between are in it."""
@@ -294,24 +361,35 @@ class BaseRecipe:
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak_gib
 
-    def validate(self, name: str) -> ValMetrics:
-        """Return the loss over the validation set ``name``, with dropout off and random numbers of its own."""
+    def validate(self, name: str) -> ValMetrics | None:
+        """Return the loss over the validation set ``name``, with dropout off and random numbers of its own.
+
+        None when a signal to stop arrived meanwhile: a pass may take longer than a cluster waits.
+        """
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
         num_label_tokens = 0
         self.model.eval()  # type: ignore[no-untyped-call]
         with ScopedRNG(_VALIDATION_SEED, ranked=True):
             for batch in self.val_loaders[name]:
+                if self.schedule.is_signalled:
+                    break
                 batch_loss, num_batch_labels = self.engine.evaluate(batch)
                 loss_sum += batch_loss
                 num_label_tokens += num_batch_labels
         self.model.train()
+        if self.schedule.is_signalled:
+            return None
         loss = loss_sum.item() / num_label_tokens if num_label_tokens else math.nan
         return ValMetrics(loss, num_label_tokens)
 
-    def _validate_and_save(self, step: Step, metrics: StepMetrics) -> None:
+    def _validate_and_save(self, step: Step, metrics: StepMetrics) -> Step:
+        """Do what follows a step, and return the step as it turned out: the last one when a signal broke in."""
         losses = {"train_loss": metrics.loss}
         for name in self.val_loaders if step.validates else ():
             result = self.validate(name)
+            if result is None:
+                logger.warning("The validation after step %d is broken off and has no result.", step.index)
+                break
             if result.num_label_tokens == 0:
                 logger.warning("The validation set `%s` has no label, so it has no loss. Check its data.", name)
                 continue
@@ -325,8 +403,23 @@ class BaseRecipe:
                 self._take_peak_gib(),
             )
             losses["val_loss" if name == "default" else name] = result.loss
+        if step.validates:
+            step = self.schedule.poll(step)
         if step.saves and self.settings.checkpoint.enabled:
+            self._save(step, losses)
+        return step
+
+    def _save(self, step: Step, losses: Mapping[str, float]) -> None:
+        """Save, and go on without when that fails, unless it was the last chance of this session."""
+        self.loggers.sync()
+        try:
             self.checkpointer.save(step.index, step.epoch, self.state(), losses, is_last_step=step.is_last)
+            if step.is_last or step.is_preempted:
+                self.checkpointer.finish()
+        except SaveError as error:
+            if step.is_last or step.is_preempted:
+                raise
+            logger.error("%s The run goes on, and the next save tries again.", error)
 
     def _say_what_next(self, step: Step | None) -> None:
         run_dir = self.run_directory.path

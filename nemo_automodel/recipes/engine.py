@@ -23,7 +23,8 @@ from nemo_automodel.shared.types import IGNORE_INDEX, SEQ_LENS_PADDING, Batch
 class EagerEngine:
     """Forward and backward of one model on one device.
 
-    ``autocast_dtype`` computes in that dtype while the weights keep theirs.
+    ``autocast_dtype`` computes in that dtype while the weights keep theirs; ``packed_attention`` names the kernel of
+    packed rows and ``joins_frozen_head`` the way of the loss, see ``LabelledForward``.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class EagerEngine:
         loss_fn: LossFn,
         device: torch.device,
         autocast_dtype: torch.dtype | None = None,
+        packed_attention: str = "auto",
+        joins_frozen_head: bool = True,
     ) -> None:
-        self.forward = LabelledForward(model)
+        self.forward = LabelledForward(model, packed_attention, joins_frozen_head)
         self.loss_fn = loss_fn
         self.device = device
         self.autocast_dtype = autocast_dtype
@@ -59,10 +62,11 @@ class EagerEngine:
         return self._loss(batch, num_label_tokens=1).float(), count_label_tokens([batch])
 
     def _loss(self, batch: Batch, num_label_tokens: int) -> torch.Tensor:
-        with self._autocast():
+        with self.autocast():
             return self.forward.loss(batch, self.loss_fn, num_label_tokens)
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which the model computes."""
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
 

@@ -15,8 +15,9 @@ from nemo_automodel.components.config.schema import (
     require_mapping,
     show,
 )
-from nemo_automodel.components.datasets.config import DataloaderConfig, PackedSequenceConfig
+from nemo_automodel.components.datasets.config import DataCheckConfig, DataloaderConfig, PackedSequenceConfig
 from nemo_automodel.components.distributed.config import DistributedConfig
+from nemo_automodel.components.fast.config import parse_fast_layers
 from nemo_automodel.components.quantization.config import FP8Config, QATSettings
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
 from nemo_automodel.shared.imports import is_available, require
@@ -42,6 +43,8 @@ SECTIONS = (
     "dataloader",
     "validation_dataloader",
     "packed_sequence",
+    "data_check",
+    "loss_guard",
     "checkpoint",
     "wandb",
     "mlflow",
@@ -99,6 +102,7 @@ _COLLATE_NAMES = ("default", "default_collater")
 # keyword of the Python call → the section that sets it in a file
 _MODEL_KEYS_ELSEWHERE = {
     "activation_checkpointing": "distributed.activation_checkpointing",
+    "autocast_dtype": "distributed.autocast_dtype",
     "compile_config": "compile",
     "compile_layers": "distributed.enable_compile",
     "device_mesh": "distributed",
@@ -119,6 +123,7 @@ _COMMON_MODEL_KEYS = (
     "attn_implementation",
     "backend",
     "cache_dir",
+    "fast_layers",
     "has_packed_sequence",
     "local_files_only",
     "revision",
@@ -152,6 +157,8 @@ def drop_disabled(config: ConfigNode) -> None:
             raise ConfigError(f"`{section}.enable` is {show(node['enable'])}, but it must be true or false. Change it.")
         if node["enable"]:
             node.remove("enable")
+        elif section == "data_check":
+            config[section] = False  # the one section that is on without being there
         else:
             config.remove(section)
 
@@ -300,6 +307,8 @@ def check_model(node: ConfigNode, notices: list[str]) -> ConfigNode:
     for key in ("torch_dtype", "dtype"):
         if node.get(key) not in (None, "auto"):
             check_dtype(node[key], f"model.{key}")
+    if "fast_layers" in node:
+        parse_fast_layers(node["fast_layers"], node.get("force_hf") is True)
     if node.get("backend.rope_fusion") is True:
         notices.append("`model.backend.rope_fusion: true` has no effect.")
     return node
@@ -406,3 +415,22 @@ def packed_sequence(node: ConfigNode | None) -> PackedSequenceConfig:
         if value is not None and value < 1:
             raise ConfigError(f"`packed_sequence.{key}` is {value}, but it must be at least 1. Set it to 1.")
     return config
+
+
+def data_check(config: ConfigNode) -> DataCheckConfig | None:
+    """Read ``data_check``: ``on``, ``off`` (YAML turns both into booleans), or a mapping; ``None`` is off.
+
+    Raises:
+        ConfigError: it is something else, or a value in it is wrong.
+    """
+    value = config.get("data_check")
+    if value is None or value is True or value == "on":
+        return DataCheckConfig()
+    if value is False or value == "off":
+        return None
+    if not isinstance(value, ConfigNode):
+        raise ConfigError(
+            f"`data_check` is {show(value)}, but it must be on, off or a mapping such as "
+            "`{max_truncated_share: 0.9}`. Change it, or leave it out for on."
+        )
+    return build(DataCheckConfig, value, "data_check")

@@ -17,14 +17,15 @@ from nemo_automodel.components.config.later import refuse_later_sections
 from nemo_automodel.components.config.legacy import translate_legacy
 from nemo_automodel.components.config.loader import ConfigNode, check_loaded
 from nemo_automodel.components.config.schema import build, check_keys, check_target, conform, require_mapping, show
-from nemo_automodel.components.datasets.config import DataloaderConfig, PackedSequenceConfig
+from nemo_automodel.components.datasets.config import DataCheckConfig, DataloaderConfig, PackedSequenceConfig
 from nemo_automodel.components.distributed.config import DistEnvConfig, DistributedConfig
 from nemo_automodel.components.loggers.config import MLflowConfig, TensorBoardConfig, WandbConfig
 from nemo_automodel.components.optim.config import LRSchedulerConfig, optimizer_path
 from nemo_automodel.components.quantization.config import CompileConfig, FP8Config, QATSettings, QuantizationConfig
-from nemo_automodel.components.training.config import StepSchedulerConfig
+from nemo_automodel.components.training.config import LossGuardConfig, StepSchedulerConfig
 from nemo_automodel.recipes import section_rules as rules
-from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError
+from nemo_automodel.recipes.dataset_rules import TOKENIZER_RUNTIME, check_dataset, check_token_budget, single_sets
+from nemo_automodel.shared.errors import ConfigError
 
 DEFAULT_SEED = 42
 DEFAULT_MAX_GRAD_NORM = 1.0
@@ -32,7 +33,6 @@ _MAX_SEED = 2**32 - 1
 _DEFAULT_LOSS = "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"
 _DEFAULT_TOKENIZER = "nemo_automodel.NeMoAutoTokenizer.from_pretrained"
 _PEFT_CONFIG = "nemo_automodel.components._peft.lora.PeftConfig"
-_TOKENIZER_RUNTIME = ("pretrained_model_name_or_path",)
 _LOADERS = ("torchdata.stateful_dataloader.StatefulDataLoader", "torch.utils.data.DataLoader")
 
 
@@ -68,6 +68,9 @@ class RunSettings:
     dataloader: DataloaderConfig
     validation_dataloader: DataloaderConfig
     packed_sequence: PackedSequenceConfig
+    data_check: DataCheckConfig | None
+    """``None``: the label gate is off."""
+    loss_guard: LossGuardConfig
     checkpoint: CheckpointingConfig
     checkpoint_dir_is_default: bool
     """The user named no directory, so runs that differ may share the default one."""
@@ -110,7 +113,11 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
     )
     validation_datasets = rules.validation_datasets(config)
     for node in (config["dataset"], *validation_datasets.values()):
-        _check_dataset(node)
+        check_dataset(node)
+    step_scheduler = build(StepSchedulerConfig, _section(config, "step_scheduler"), "step_scheduler")
+    dataloader = _dataloader(config, "dataloader")
+    packed_sequence = rules.packed_sequence(_section(config, "packed_sequence"))
+    notices += check_token_budget(step_scheduler, dataloader, packed_sequence, config)
     peft = _peft(config)
     checkpoint, is_default = _checkpoint(config, peft, validation_datasets, notices)
     return RunSettings(
@@ -118,7 +125,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         notices=notices,
         recipe=recipe,
         seed=_seed(config),
-        step_scheduler=build(StepSchedulerConfig, _section(config, "step_scheduler"), "step_scheduler"),
+        step_scheduler=step_scheduler,
         dist_env=_dist_env(config),
         distributed=distributed,
         model=rules.check_model(config["model"], notices),
@@ -133,9 +140,11 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         max_grad_norm=_max_grad_norm(config),
         dataset=config["dataset"],
         validation_datasets=validation_datasets,
-        dataloader=_dataloader(config, "dataloader"),
+        dataloader=dataloader,
         validation_dataloader=_dataloader(config, "validation_dataloader"),
-        packed_sequence=rules.packed_sequence(_section(config, "packed_sequence")),
+        packed_sequence=packed_sequence,
+        data_check=rules.data_check(config),
+        loss_guard=build(LossGuardConfig, _section(config, "loss_guard"), "loss_guard"),
         checkpoint=checkpoint,
         checkpoint_dir_is_default=is_default,
         wandb=_optional(config, "wandb", lambda node: build(WandbConfig, node, "wandb", open_field="init_kwargs")),
@@ -157,10 +166,11 @@ def _fill_in(config: ConfigNode) -> None:
     peft = _section(config, "peft")
     if peft is not None and "_target_" not in peft:
         peft["_target_"] = _PEFT_CONFIG
+    tokenizers = [config.get("tokenizer")]
     for key in config:
-        owner = config[key]
-        is_dataset = key == "dataset" or key.startswith("validation_dataset")
-        tokenizer = owner if key == "tokenizer" else owner.get("tokenizer") if is_dataset and owner else None
+        if (key == "dataset" or key.startswith("validation_dataset")) and isinstance(config[key], ConfigNode):
+            tokenizers += [node.get("tokenizer") for node in single_sets(config[key])]
+    for tokenizer in tokenizers:
         if isinstance(tokenizer, ConfigNode) and "_target_" not in tokenizer:
             tokenizer["_target_"] = _DEFAULT_TOKENIZER
 
@@ -199,7 +209,7 @@ def _dist_env(config: ConfigNode) -> DistEnvConfig:
 def _tokenizer(config: ConfigNode) -> ConfigNode | None:
     node = _section(config, "tokenizer")
     if node is not None:
-        check_target(node, runtime=_TOKENIZER_RUNTIME)
+        check_target(node, runtime=TOKENIZER_RUNTIME)
     return node
 
 
@@ -278,22 +288,6 @@ def _max_grad_norm(config: ConfigNode) -> float | None:
     return norm or None
 
 
-def _check_dataset(node: ConfigNode) -> None:
-    rules.check_installed(node)
-    tokenizer = node.get("tokenizer")
-    node.remove("tokenizer")  # it may lack its path: then it is the model's
-    check_target(node, runtime=("tokenizer",))
-    if node.get("unshifted") is True:
-        raise NotSupportedYetError(
-            f"`{node.place}.unshifted: true` leaves every label on its own token, which only recipes that are not "
-            "supported yet want; this one predicts the next token. Remove it."
-        )
-    if tokenizer is not None:
-        require_mapping(tokenizer, f"{node.place}.tokenizer")
-        check_target(tokenizer, runtime=_TOKENIZER_RUNTIME)
-        node["tokenizer"] = tokenizer
-
-
 def _dataloader(config: ConfigNode, name: str) -> DataloaderConfig:
     node = _section(config, name)
     if node is not None:
@@ -323,6 +317,7 @@ def _checkpoint(
             "`checkpoint.model_save_format: torch_save` has no effect with `peft`: adapters are safetensors."
         )
     checkpoint = build(CheckpointingConfig, node, "checkpoint")
+    notices += checkpoint.notices()
     named = node is not None and node.get("best_metric_key") is not None
     if named and validation_datasets and checkpoint.best_metric_key not in validation_datasets:
         raise ConfigError(

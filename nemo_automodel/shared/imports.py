@@ -13,6 +13,7 @@ _EXTRAS = {
     "bitsandbytes": "qlora",
     "accelerate": "qlora",
     "gguf": "demo",
+    "triton": "kernels",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "mlflow": "mlflow",

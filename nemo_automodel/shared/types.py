@@ -19,7 +19,10 @@ Batch = dict[str, torch.Tensor]
 * ``input_ids`` int64 ``[B, S]``
 * ``labels`` int64 ``[B, S]``, already shifted: ``labels[b, s]`` is the token to predict at position ``s``, or -100
 * ``attention_mask`` int64 ``[B, S]``, unpacked rows only: 1 on real tokens, 0 on padding
-* ``position_ids`` int64 ``[B, S]``, packed rows only: restart at 0 in every document
+* ``position_ids`` int64 ``[B, S]``, packed rows only: restart at 0 in every document, and after the prefix in every
+  branch of it
+* ``branch_ids`` int64 ``[B, S]``, packed rows that share prefixes only: n in the n-th branch of a document, which sees
+  the document's prefix and itself; 0 in prefixes, in documents without branches and in padding
 * ``seq_lens`` int64 ``[B, D]``, packed rows only: lengths of the D documents of each row without padding, filled with
   -1000; the documents stand one after the other from position 0, whatever is left of the row is padding
 """

@@ -24,12 +24,9 @@ def test_wrong_values(settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"is_async": True},
-        {"model_save_format": "torch_save"},
         {"checkpoint_dir": "msc://bucket/run"},
         {"dequantize_base_checkpoint": True},
         {"skip_task_head_prefixes_for_base_model": ["score."]},
-        {"staging_dir": "/scratch"},
     ],
 )
 def test_what_comes_later(settings):
@@ -38,3 +35,14 @@ def test_what_comes_later(settings):
         CheckpointingConfig(**settings)
     assert str(value) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_without_effect_are_said():
+    assert CheckpointingConfig().notices() == []
+    assert CheckpointingConfig(is_async=True, wait_for_staging=True).notices() == []
+    found = CheckpointingConfig(staging_dir="scratch", cpu_offload=True, wait_for_staging=True).notices()
+    assert [line.split("`")[1] for line in found] == [
+        "checkpoint.staging_dir",
+        "checkpoint.cpu_offload",
+        "checkpoint.wait_for_staging: true",
+    ]

@@ -112,9 +112,16 @@ def test_the_layout_is_the_contracts(tmp_path, caplog):
         path = run.save(0.5)
         Run(tmp_path).load(path)
     assert path == tmp_path / "epoch_0_step_99"
-    assert {"config.yaml", "dataloader", "losses.json", "model", "optim", "rng", "step_scheduler.pt"} <= set(
-        os.listdir(tmp_path / "LATEST")
-    )
+    assert {
+        "config.yaml",
+        "dataloader",
+        "losses.json",
+        "manifest.json",
+        "model",
+        "optim",
+        "rng",
+        "step_scheduler.pt",
+    } <= set(os.listdir(tmp_path / "LATEST"))
     assert os.listdir(path / "dataloader") == ["dataloader_dp_rank_0.pt"]
     assert os.listdir(path / "rng") == ["rng_global_rank_0.pt"]
     assert sorted(os.listdir(path / "optim")) == [".metadata", "__0_0.distcp"]
@@ -123,7 +130,8 @@ def test_the_layout_is_the_contracts(tmp_path, caplog):
     assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
     assert torch.load(path / "step_scheduler.pt", weights_only=True) == {"step": 100, "epoch": 0}
     assert os.readlink(tmp_path / "LATEST") == "epoch_0_step_99"
-    assert caplog.messages == [f"Saving checkpoint to {path}", f"Loading checkpoint from {path}"]
+    assert caplog.messages[:2] == [f"Saving checkpoint to {path}", f"Loading checkpoint from {path}"]
+    assert caplog.messages[2].startswith(f"Checked 9 files of {path} against its manifest (")
 
 
 def test_torch_itself_reads_the_optimizer(tmp_path):

@@ -122,11 +122,11 @@ def test_ctrl_c_during_a_save_leaves_nothing_behind(tmp_path):
     before = contents(tmp_path)
     parts = run.parts()
 
-    def interrupted(directory):
+    def interrupted(directory, weights):
         (directory / "half").write_text("x")
         raise KeyboardInterrupt
 
-    parts.model_files.write = interrupted
+    parts.model_files.write_from = interrupted
     with pytest.raises(KeyboardInterrupt):
         run.checkpointer.save(5, 0, parts, {"train_loss": 1.0})
     assert contents(tmp_path) == before
@@ -164,11 +164,11 @@ def test_a_failed_save_is_one_line_and_changes_nothing(tmp_path, failure, messag
     before = contents(tmp_path)
     parts = run.parts()
 
-    def fails(directory):
+    def fails(directory, weights):
         (directory / "half").write_text("x")
         raise failure
 
-    parts.model_files.write = fails
+    parts.model_files.write_from = fails
     with pytest.raises(SaveError, match=message) as caught:
         run.checkpointer.save(5, 0, parts, {"train_loss": 1.0})
     assert "\n" not in str(caught.value)
@@ -181,10 +181,10 @@ def test_a_defect_of_ours_is_not_called_a_full_disk(tmp_path):
     run, _ = _two_saves(tmp_path)
     parts = run.parts()
 
-    def fails(directory):
+    def fails(directory, weights):
         raise RuntimeError("a defect")
 
-    parts.model_files.write = fails
+    parts.model_files.write_from = fails
     with pytest.raises(RuntimeError, match="a defect") as caught:
         run.checkpointer.save(5, 0, parts, {"train_loss": 1.0})
     assert not isinstance(caught.value, UserError)

@@ -10,8 +10,9 @@ from support.tiny import make_tokenizer
 
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
-from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, Parts
+from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
 from nemo_automodel.components.checkpoint.config import CheckpointingConfig
+from nemo_automodel.components.checkpoint.parts import Parts
 from nemo_automodel.components.training.rng import StatefulRNG
 from nemo_automodel.shared.errors import UserError
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, Parts
+from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
 from nemo_automodel.components.checkpoint.config import CheckpointingConfig
+from nemo_automodel.components.checkpoint.parts import Parts
 from nemo_automodel.components.training.rng import StatefulRNG
 
 CONFIG: dict[str, Any] = {
@@ -48,8 +49,12 @@ class SafetensorsFiles:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def write(self, directory: Path) -> None:
-        save_file(self.model.state_dict(), directory / "model.safetensors")
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+    def write_from(self, directory: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        if weights is not None:
+            save_file(weights, directory / "model.safetensors")
 
     def read(self, directory: Path) -> None:
         self.model.load_state_dict(load_file(directory / "model.safetensors"))

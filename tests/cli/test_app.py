@@ -145,7 +145,7 @@ OVERRIDES: list[tuple[str, list[str]]] = [
     ("--fp8.enabled true", ["`fp8.enabled: true` is not supported yet"]),
     ("--recipe FinetuneRecipeForVLM", ["FinetuneRecipeForVLM", "not supported yet"]),
     ("--kd_ratio 0.5", ["`kd_ratio`", "not supported yet"]),
-    ("--checkpoint.is_async true", ["`checkpoint.is_async", "not supported yet"]),
+    ("--checkpoint.v4_compatible true", ["`checkpoint.v4_compatible", "not supported yet"]),
     ("--skypilot.cloud aws", ["`skypilot`", "not supported yet"]),
     ("--nproc-per-node 2", ["not supported yet"]),
     # words

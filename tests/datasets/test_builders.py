@@ -20,7 +20,7 @@ from nemo_automodel.components.datasets.llm.mock import build_packed_dataset, bu
 from nemo_automodel.components.datasets.llm.mock_iterable_dataset import MockIterableDataset
 from nemo_automodel.components.datasets.llm.squad import make_squad_dataset
 from nemo_automodel.components.datasets.utils import split_prompt_answer
-from nemo_automodel.shared.errors import NotSupportedYetError, UserError
+from nemo_automodel.shared.errors import UserError
 
 FIRST = "Context: The tower was built in 1800 in Paris. Question: Where was the tower of 1800 built? Answer:"
 
@@ -52,11 +52,22 @@ def test_squad_refuses(tokenizer: Fast, tmp_path: Path, write_jsonl):
     path = str(write_jsonl(tmp_path / "train.jsonl", [row]))
     with pytest.raises(UserError, match=r"train.jsonl line 1: `answers` must look like"):
         make_squad_dataset(tokenizer, dataset_name=path)[0]
-    with pytest.raises(NotSupportedYetError, match="pad_seq_len_divisible: 16"):
-        make_squad_dataset(tokenizer, dataset_name=path, fp8=True)
     other = str(write_jsonl(tmp_path / "other.jsonl", [{"context": "c", "questions": "q", "answers": {}}]))
     with pytest.raises(UserError, match=r"no column `question`. Did you mean `questions`"):
         make_squad_dataset(tokenizer, dataset_name=other)
+
+
+@pytest.mark.parametrize("options", [{}, {"seq_length": 40, "padding": "max_length", "truncation": True}])
+def test_fp8_pads_to_a_multiple_of_16(tokenizer: Fast, squad_dir: Path, options: dict):
+    plain = make_squad_dataset(tokenizer, dataset_name=str(squad_dir), **options)
+    padded = make_squad_dataset(tokenizer, dataset_name=str(squad_dir), fp8=True, **options)
+    for i in range(8):
+        short, long = plain[i], padded[i]
+        length = len(short["input_ids"])
+        assert len(long["input_ids"]) == -(-length // 16) * 16
+        for key, fill in (("input_ids", tokenizer.pad_token_id), ("labels", -100), ("attention_mask", 0)):
+            assert long[key] == short[key] + [fill] * (len(long["input_ids"]) - length)
+    assert padded.lengths(range(8)) == [len(padded[i]["input_ids"]) for i in range(8)]
 
 
 ALPACA = [
@@ -113,9 +124,6 @@ def test_column_mapping_mistakes(tokenizer: Fast, tmp_path: Path, write_jsonl, m
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction": "x", "output": ""}, "line 2: the answer is empty"),
-        ({"instruction": "x", "output": None}, "line 2: the answer is empty"),
-        ({"instruction": "x", "output": ["Paris"]}, "line 2: the column `output` holds a list, but it must hold text"),
         ({"instruction": "x", "output": True}, "line 2: the column `output` holds true or false"),
         ({"instruction": "", "output": "Paris"}, "line 2: instruction and input hold no text"),
     ],

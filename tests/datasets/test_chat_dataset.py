@@ -75,21 +75,7 @@ def test_text_parts_are_joined():
         ({"messages": None}, "row: the conversation is null, but it must be a list of messages."),
         ({"messages": []}, "row: the conversation is a list, but it must be a list of messages."),
         ({"messages": "[{"}, "row: the messages are not valid JSON"),
-        ({"messages": ["hello"]}, "row: message 1 is text, but it must be an object with a role."),
-        (
-            {"messages": [{"role": "usr", "content": "x"}]},
-            "row: message 1 has the role `usr`, which is not known. Did you",
-        ),
         ({"messages": [{"content": "x"}]}, "row: message 1 has the role `None`"),
-        (
-            {"messages": [{"role": "user", "content": None}]},
-            "row: the content of message 1 is null, but it must be text.",
-        ),
-        ({"messages": [{"role": "user", "content": 5}]}, "row: the content of message 1 is a number"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "row: message 1 holds image_url content",
-        ),
         ({**OPENAI, "tools": "[{"}, "row: the tools are not valid JSON"),
         ({**OPENAI, "tools": {"name": "f"}}, "row: `tools` must be a list"),
     ],

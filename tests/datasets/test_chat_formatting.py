@@ -193,12 +193,60 @@ def test_a_template_that_rewrites_what_came_before_is_refused():
         encode(counting, MESSAGES)
 
 
-def test_a_turn_without_an_end_that_is_written_twice_is_refused():
+def test_a_turn_that_is_written_differently_later_is_context(caplog: pytest.LogCaptureFixture):
     template = NO_END.replace(
         "{{ m['content'] }}", "{{ m['content'] }}{% if loop.last and m['role'] == 'assistant' %}!{% endif %}"
     )
-    with pytest.raises(UserError, match="nothing marks where it ends"):
-        encode(template, MESSAGES)
+    encoder = ChatEncoder(make_tokenizer(), template)
+    encoded = encoder.encode([Conversation(MESSAGES)], ["row 1"])[0]
+    assert learned_texts(encoded) == ["Rome!<|im_end|>"], "`In Paris.` lacks the `!` that a server would wait for"
+    assert encoder.num_context_turns == 1
+    assert (
+        "row 1: the chat template writes assistant turn 1 differently once the conversation goes on, so the model "
+        "would never have to write it that way. It is context there, not learned (1 such turns so far)." in caplog.text
+    )
+
+
+def test_a_turn_whose_reasoning_is_taken_out_later_is_context():
+    messages = [dict(message) for message in MESSAGES]
+    messages[2]["reasoning_content"] = "Towers stand in Paris."
+    messages[4]["reasoning_content"] = "Dogs live in Rome."
+    text = make_tokenizer().decode(encode(THINKING, messages).ids)
+    assert "assistant\nIn Paris.<|im_end|>" in text, "the template takes the reasoning of the first turn out"
+    expected = ["<think>\nDogs live in Rome.\n</think>\n\nRome<|im_end|>"]
+    assert learned_texts(encode(THINKING, messages)) == expected
+    # a row that ends before the second question shows the first turn as the model writes it
+    expected = ["<think>\nTowers stand in Paris.\n</think>\n\nIn Paris.<|im_end|>"]
+    assert learned_texts(encode(THINKING, messages[:3])) == expected
+
+
+def test_turns_whose_question_is_written_differently_later_are_context():
+    # Mistral's: the tools stand before the last question only
+    template = (
+        "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{% if tools and loop.index0 == ns.last %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}"
+        "[INST]{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    assert learned_texts(encode(template, MESSAGES[1:])) == ["In Paris.<|im_end|>", "Rome<|im_end|>"]
+    assert learned_texts(encode(template, MESSAGES[1:], tools=[{"name": "where"}])) == ["Rome<|im_end|>"]
+
+
+def test_a_role_header_inside_a_block_is_not_learned():
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+        "{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}"
+        "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert learned_texts(encode(template, MESSAGES)) == ["In Paris.<|im_end|>", "Rome<|im_end|>"]
+
+
+def test_blocks_of_a_template_that_rewrites_are_refused():
+    with pytest.raises(
+        UserError, match="row 1: the chat template writes the 2 messages before assistant turn 1 differ"
+    ):
+        encode("{{ messages | length }}" + BLOCKS, MESSAGES)
 
 
 def test_conversations_that_teach_nothing_are_refused():
@@ -212,7 +260,7 @@ def test_what_the_template_says_reaches_the_user():
     template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('Begin with a user.') }}{% endif %}" + BRACKETS
     with pytest.raises(UserError, match=r"row 1: the chat template refuses the conversation: Begin with a user\."):
         encode(template, MESSAGES)
-    with pytest.raises(UserError, match="the chat template refuses the conversation: "):
+    with pytest.raises(UserError, match=r"^The chat template is not valid Jinja: .*\(line 1\). Correct the template"):
         encode("{% for m in messages %}", MESSAGES)
 
 
@@ -230,3 +278,117 @@ def test_templates_from_text_and_files(tmp_path: Path, tokenizer: Fast):
         use_chat_template(tokenizer, str(tmp_path / "other.json"))
     with pytest.raises(UserError, match=r"`dataset.chat_template: missing.jinja` cannot be read: No such file"):
         use_chat_template(tokenizer, "missing.jinja")
+
+
+# --- habits of real templates, written here anew ----------------------------------------------------------------------
+
+HEADER = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+# the first Llama 3: the header of another answer, asked for or not
+ALWAYS_ASKS = HEADER + "{{ '<|im_start|>assistant\n' }}"
+# Phi 3.5: an end of sequence where no answer is asked for
+ENDS_TWICE = HEADER + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+# gpt-oss: the last answer ends with another token than those before it
+LAST_END = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if loop.last and m['role'] == 'assistant' %}<|endoftext|>{% else %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Gemma 4, DeepSeek 3.2: an answer is asked for after an empty thought, which given answers lack
+EMPTY_THOUGHT = HEADER + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n</think>\n{% endif %}"
+# DeepSeek R1: an answer is asked for after the beginning of a thought, which given answers lack
+OPEN_THOUGHT = HEADER + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+# Command R7B: two tokens end a turn, and the first of them is no end of turn elsewhere
+TWO_ENDS = HEADER.replace("<|im_end|>", "<|pad|><|im_end|>") + (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# gpt-oss: the model says in which channel it speaks
+CHANNELS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}<|pad|>final{% endif %}"
+    "{{ '\n' }}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+# Command R7B: the empty thought of another answer, asked for or not
+ALWAYS_ASKS_WITH_THOUGHT = HEADER + "{{ '<|im_start|>assistant\n<think></think>' }}"
+FIRST_CALL_ONLY = TOOLS.replace("m.get('tool_calls', [])", "m.get('tool_calls', [])[:1]")
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [
+        (ALWAYS_ASKS, ["In Paris.<|im_end|>", "Rome<|im_end|>"]),
+        (ENDS_TWICE, ["In Paris.<|im_end|>", "Rome<|im_end|>"]),
+        (LAST_END, ["Rome<|endoftext|>"]),
+        (EMPTY_THOUGHT, ["Rome<|im_end|>"]),
+        (TWO_ENDS, ["In Paris.<|pad|><|im_end|>", "Rome<|pad|><|im_end|>"]),
+        (CHANNELS, ["<|pad|>final\nIn Paris.<|im_end|>", "<|pad|>final\nRome<|im_end|>"]),
+        (ALWAYS_ASKS_WITH_THOUGHT, ["Rome<|im_end|>"]),
+    ],
+    ids=[
+        "always asks",
+        "ends twice",
+        "another last end",
+        "empty thought",
+        "two ends",
+        "channels",
+        "always with thought",
+    ],
+)
+def test_habits(template: str, learned: list[str]):
+    assert learned_texts(encode(template, MESSAGES)) == learned
+    # the row is what a server would send before the last answer, and that answer
+    tokenizer = make_tokenizer()
+    asked = tokenizer.apply_chat_template(
+        MESSAGES[:4], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(encode(template, MESSAGES).ids).startswith(f"{asked}{learned[-1]}")
+
+
+def test_blocks_move_with_an_empty_thought_that_is_put_in():
+    template = BLOCKS.replace(
+        "{% if add_generation_prompt %}<|im_start|>assistant\n",
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>",
+    )
+    encoded = encode(template, MESSAGES)
+    assert learned_texts(encoded) == ["Rome<|im_end|>"]
+    assert make_tokenizer().decode(encoded.ids).endswith("<|im_start|>assistant\n<think></think>Rome<|im_end|>\n")
+
+
+def test_an_empty_thought_does_not_come_before_a_real_one():
+    thinking = [MESSAGES[1], {"role": "assistant", "content": "<think>\nOld towers.\n</think>\nIn Paris."}]
+    with pytest.raises(UserError, match="row 1: a server asks for assistant turn 1 with"):
+        encode(EMPTY_THOUGHT, thinking)
+
+
+def test_a_thought_that_a_server_opens_and_the_row_lacks_is_refused():
+    message = (
+        "row 1: a server asks for assistant turn 1 with '<|im_start|>assistant\\n<think>\\n', but the chat template "
+        "goes on with '<|im_start|>assistant\\nIn Paris…' in this row, so serving would not show what was trained. "
+        "Give the turn the `reasoning_content` that belongs there, or name a template that asks for answers as it "
+        "writes them (`dataset.chat_template`), such as the model's own after `{% set enable_thinking = false %}` if "
+        "it knows that switch."
+    )
+    with pytest.raises(UserError) as caught:
+        encode(OPEN_THOUGHT, MESSAGES)
+    assert str(caught.value) == message
+    thinking = [MESSAGES[1], {"role": "assistant", "content": "<think>\nOld towers.\n</think>In Paris."}]
+    assert learned_texts(encode(OPEN_THOUGHT, thinking)) == ["Old towers.\n</think>In Paris.<|im_end|>"]
+
+
+def test_calls_that_a_template_leaves_out_are_refused():
+    calls = [{"type": "function", "function": {"name": "where", "arguments": {"of": it}}} for it in ("dog", "fox")]
+    messages = [MESSAGES[1], {"role": "assistant", "content": "", "tool_calls": calls}]
+    assert "fox" in learned_texts(encode(TOOLS, messages))[0]
+    with pytest.raises(UserError) as caught:
+        encode(FIRST_CALL_ONLY, messages)
+    assert str(caught.value) == (
+        "row 1: the chat template writes 1 of the 2 calls of the tool `where` in one turn. Use a template that writes "
+        "them all, or leave such rows out."
+    )
+
+
+def test_reasoning_that_a_template_leaves_out_is_told(caplog: pytest.LogCaptureFixture):
+    messages = [MESSAGES[1], {"role": "assistant", "content": "In Paris.", "reasoning_content": "Old towers."}]
+    assert learned_texts(encode(CHAT_TEMPLATE, messages)) == ["In Paris.<|im_end|>"]
+    assert caplog.messages == [
+        "row 1: the chat template does not write `reasoning_content`, so it is not learned (1 such turns so far). Use "
+        "a template that does, or write it into `content`."
+    ]

@@ -159,11 +159,6 @@ def test_a_length_without_effect_is_told(tokenizer: Fast, caplog: pytest.LogCapt
     assert "has no effect" in caplog.text
 
 
-def test_empty_answers_are_refused(tokenizer: Fast):
-    with pytest.raises(UserError, match="row 1: the answer is empty"):
-        encode(tokenizer, "Answer: ", "  ")
-
-
 def test_pad_falls_back_to_eos_which_stays_learned(tokenizer: Fast):
     tokenizer.pad_token = tokenizer.eos_token
     layout = Layout.of(tokenizer, 12, "max_length", False)

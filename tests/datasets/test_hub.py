@@ -71,7 +71,7 @@ def test_splits_are_sliced_here(monkeypatch: pytest.MonkeyPatch):
     table = datasets.Dataset.from_list([{"n": i} for i in range(10)])
     asked = []
 
-    def load(repo, config, split):
+    def load(repo, config, split, revision):
         asked.append((repo, config, split))
         return table if split else datasets.DatasetDict({"train": table, "test": table})
 

@@ -226,10 +226,10 @@ def test_streams_resume(options: dict):
     assert next(stream, None) is None
     states.append(loader.state_dict())
     assert epoch(loader, 1) == undisturbed[1]
-    for position, state in enumerate(states[::2]):
+    for position, state in enumerate(states):
         resumed = make()
         resumed.load_state_dict(state)
-        assert epoch(resumed, 0) == undisturbed[0][2 * position + 1 :]
+        assert epoch(resumed, 0) == undisturbed[0][position + 1 :]
         assert epoch(resumed, 1) == undisturbed[1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -110,21 +111,54 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device without space")
-def test_no_space_is_one_line_and_closing_still_works() -> None:
+def small_files(limit: int) -> None:
+    """Let every write beyond ``limit`` bytes of a file fail, as a quota does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_costs_no_record_once_there_is_room_again(tmp_path: Path, caplog) -> None:
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    path = tmp_path / "log.jsonl"
+    try:
+        with MetricLogger(path) as log, caplog.at_level("INFO"):
+            log.log({"step": 0, "text": "x" * 100})
+            small_files(150)  # in the middle of the next record
+            for step in range(1, 4):
+                log.log({"step": step, "text": "x" * 100})
+            assert [record["step"] for record in read_records(path)] == [0]
+            assert path.stat().st_size == 150
+            small_files(old[1])
+            log.log({"step": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [record["step"] for record in read_records(path)] == [0, 1, 2, 3, 4]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"The log `{path}` cannot be written: File too large. Free some space or set `checkpoint.checkpoint_dir` to a "
+        "directory you may write to. The run goes on; its records wait until there is room.",
+        f"The log `{path}` can be written again; nothing is missing.",
+    ]
+
+
+def test_records_that_never_found_room_fail_the_end(tmp_path: Path) -> None:
     script = """
+import resource, signal, sys
 from nemo_automodel.components.loggers import metric_logger
-metric_logger._drop_torn_tail = lambda path: None  # a device has no tail
-log = metric_logger.MetricLogger("/dev/full")
+log = metric_logger.MetricLogger(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5))
+log.log({"step": 0})
 try:
-    log.log({"step": 0})
+    log.close()
 except metric_logger.UserError as error:
     print(error)
 log.close()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("The log `/dev/full` cannot be written: No space left on device.")
-    assert done.stderr == ""
+    path = str(tmp_path / "log.jsonl")
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"The log `{path}` cannot be written: File too large.")
 
 
 def test_timestamps_and_file_names() -> None:

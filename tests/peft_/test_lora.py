@@ -273,5 +273,5 @@ def test_bad_dtype_and_unknown_keys_are_one_line():
 def test_keys_without_effect_are_said(caplog):
     caplog.set_level("INFO")
     apply_lora(make_model(), PeftConfig(use_triton=True, moe_rank_scaling=True, use_memory_efficient_lora=False))
-    for words in ("names no layers", "use_triton: true` has no effect: they need a GPU, not cpu", "moe_rank", "memory"):
+    for words in ("names no layers", "use_triton: true` has no effect: it needs a GPU, not cpu", "moe_rank", "memory"):
         assert words in caplog.text

@@ -32,13 +32,13 @@ MORE_FAMILIES = {
 }  # fmt: skip
 
 
-def make_model(family: str, attention: str | None = None) -> transformers.PreTrainedModel:
+def make_model(family: str, attention: str | None = None, **overrides: object) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     if family in MORE_FAMILIES:
         name, extra = MORE_FAMILIES[family]
-        config = getattr(transformers, name)(**{**BASE, **extra})
+        config = getattr(transformers, name)(**{**BASE, **extra, **overrides})
     else:
-        config = tiny_config(family, vocab_size=96)
+        config = tiny_config(family, **{"vocab_size": 96, **overrides})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():  # away from zero, so that a leak shows
         for name, parameter in model.named_parameters():
@@ -89,3 +89,16 @@ def pad(documents: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         batch["labels"][i, : len(document)] = shifted_labels(document)
         batch["attention_mask"][i, : len(document)] = 1
     return batch
+
+
+def varlen_by_loop(q, k, v, borders_q, borders_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """Compute what `torch.nn.attention.varlen.varlen_attn` computes on a GPU, one document after the other."""
+    assert (borders_q is borders_k, max_q, window_size) == (True, max_k, (-1, 0))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    out = torch.full_like(q, torch.nan)
+    for start, end in zip(borders_q[:-1].tolist(), borders_q[1:].tolist(), strict=True):
+        assert end - start <= max_q
+        part = [t[start:end].transpose(0, 1) for t in (q, k, v)]
+        attended = torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True, scale=scale)
+        out[start:end] = attended.transpose(0, 1)
+    return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,38 @@ def test_a_run_cut_anywhere_goes_on_as_if_never_cut(config, num_batches, data):
     second.load_state_dict(state)
     second.loader.position = position
     assert observe(second) == expected[cut:]
+
+
+class ListLoader(SizedLoader):
+    """A loader whose items are lists of one to three micro-batches: all of a step."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            number = int(batch["input_ids"][1])
+            yield [{"input_ids": torch.tensor([number, part])} for part in range(1 + number % 3)]
+
+
+@given(config=configs, num_steps=st.integers(1, 9))
+@settings(deadline=None, max_examples=50)
+def test_with_a_budget_of_tokens_an_item_of_the_loader_is_a_step(config, num_steps):
+    config = replace(config, local_batch_tokens=100)
+    scheduler = StepScheduler(config, ListLoader(num_steps))
+    expected = brute_force(num_steps, 1, config)
+    assert (scheduler.grad_accum, scheduler.epoch_len) == (1, num_steps)
+    seen = []
+    for step, batches in scheduler:
+        pairs = [batch["input_ids"].tolist() for batch in batches]
+        (number,) = {number for number, _ in pairs}
+        assert [part for _, part in pairs] == list(range(1 + number % 3))
+        seen.append((step.index, step.epoch, [number], step.is_last, step.is_epoch_end, step.validates, step.saves))
+    assert seen == expected
+
+
+def test_a_budget_of_tokens_still_shares_rows_out_evenly():
+    config = StepSchedulerConfig(global_batch_size=10, local_batch_size=3, local_batch_tokens=100)
+    assert config.num_step_rows(5) == 2
+    with pytest.raises(ConfigError, match=r"is 10, but it must be a multiple of the data-parallel size 4. Set it to 8"):
+        StepScheduler(config, ListLoader(3), dp_size=4)
 
 
 def test_data_parallel_size_divides_the_accumulation():

@@ -12,7 +12,7 @@ from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
 from nemo_automodel.components.loss.chunked_ce import ChunkedCrossEntropy
 from nemo_automodel.components.loss.linear_ce import FusedLinearCrossEntropy
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
-from nemo_automodel.kernels.attention import additive_mask, document_layout, packed_mask
+from nemo_automodel.kernels.attention import packed_mask
 from nemo_automodel.shared.errors import UserError
 
 # documents longer than every window and chunk (8, 7, 6), a row that is full, rows with different numbers of documents
@@ -59,7 +59,7 @@ def test_packed_rows_equal_their_documents_alone(family, attention, monkeypatch)
     assert_same(losses_and_gradients(model, [pack([row], SEQ_LEN) for row in rows], num_labels), expected)
 
     # the comparison notices a mask that only keeps the future out
-    monkeypatch.setattr(forward, "build_packed_masks", lambda _, seq_lens, size, __: torch.ones(len(seq_lens), size))
+    monkeypatch.setattr(forward, "build_packed_masks", lambda _, batch, __: torch.ones_like(batch["input_ids"]))
     leaky, _ = losses_and_gradients(model, [pack(rows, SEQ_LEN)], num_labels)
     assert abs(leaky - expected[0]) > 1e-3 * expected[0]
 
@@ -68,7 +68,7 @@ def test_a_sliding_window_left_out_is_noticed(monkeypatch):
     model = make_model("mistral_window", "sdpa")
     rows = make_documents(LENGTHS)
     right, _ = losses_and_gradients(model, [pack(rows, SEQ_LEN)], 60)
-    monkeypatch.setattr(packing_masks, "packed_mask", lambda d, p, **_: packed_mask(d, p))
+    monkeypatch.setattr(packing_masks, "packed_mask", lambda layout, **_: packed_mask(layout))
     wrong, _ = losses_and_gradients(model, [pack(rows, SEQ_LEN)], 60)
     assert abs(wrong - right) > 1e-3 * right
 
@@ -85,28 +85,6 @@ def test_changing_one_document_moves_no_other():
     assert changed[0, 13:24].all()
     changed[0, 13:24] = False
     assert not changed.any()
-
-
-def test_layout_and_masks():
-    documents, places = document_layout(torch.tensor([[2, 3, -1000], [6, -1000, -1000]]), 6)
-    assert documents.tolist() == [[0, 0, 1, 1, 1, 3], [0] * 6]
-    assert places.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
-
-    def brute(b, q, k, window=None, chunk=None):
-        same = documents[b, q] == documents[b, k] and k <= q
-        in_window = window is None or q - k < window
-        in_chunk = chunk is None or places[b, q] // chunk == places[b, k] // chunk
-        return bool(same and in_window and in_chunk)
-
-    for settings in ({}, {"window": 2}, {"chunk": 2}):
-        mask = packed_mask(documents, places, **settings)
-        expected = [[[brute(b, q, k, **settings) for k in range(6)] for q in range(6)] for b in range(2)]
-        assert mask[:, 0].tolist() == expected
-        assert mask.any(dim=-1).all()
-    numbers = additive_mask(mask, torch.bfloat16)
-    assert numbers.dtype == torch.bfloat16
-    assert torch.equal(numbers == 0, mask)
-    assert numbers.isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])

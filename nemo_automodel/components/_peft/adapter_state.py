@@ -61,7 +61,8 @@ def load_adapter_state_dict(model: PreTrainedModel, tensors: dict[str, torch.Ten
                 f"The adapter does not fit this model: `{name}` is {list(tensors[name].shape)}, the model has "
                 f"{list(parameter.shape)}. Use the model and the `peft.dim` it was trained with."
             )
-        parameter.data.copy_(tensors[name])
+        with torch.no_grad():  # not through `.data`: whoever keeps a copy of the adapters sees that they changed
+            parameter.copy_(tensors[name])
 
 
 def adapter_config(model: PreTrainedModel, cfg: PeftConfig, base_name: str) -> dict[str, Any]:

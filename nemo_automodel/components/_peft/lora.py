@@ -158,10 +158,13 @@ def apply_lora(model: PreTrainedModel, cfg: PeftConfig) -> int:
 
 
 def _report_inert_keys(model: PreTrainedModel, cfg: PeftConfig) -> None:
-    if cfg.use_triton:
-        on_gpu = model.device.type == "cuda"
-        reason = "this version has no Triton kernels yet" if on_gpu else f"they need a GPU, not {model.device.type}"
-        logger.info("`peft.use_triton: true` has no effect: %s. The adapters run in PyTorch, same numbers.", reason)
+    if cfg.use_triton and model.device.type == "cuda":
+        logger.info("`peft.use_triton: true` changes nothing: fast decoder layers run in Triton where they apply.")
+    elif cfg.use_triton:
+        logger.info(
+            "`peft.use_triton: true` has no effect: it needs a GPU, not %s. The adapters run in PyTorch, same numbers.",
+            model.device.type,
+        )
     if not cfg.use_memory_efficient_lora:
         logger.info("`peft.use_memory_efficient_lora: false` has no effect: there is one implementation.")
     experts = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".experts." in name]

@@ -1,8 +1,13 @@
 """Saving and loading a whole run.
 
-A save happens beside the checkpoints: everything is written into a staging directory, brought to the disk, and renamed
-in one step; then the pointers move. Whatever goes wrong before the rename leaves the last good checkpoint and the
-pointers as they were. A load checks what it can before it changes anything, and writes nothing.
+A save happens beside the checkpoints: everything is written into a staging directory with a manifest of checksums,
+brought to the disk, and renamed in one step; then the pointers move. Whatever goes wrong before the rename leaves the
+last good checkpoint and the pointers as they were. A load checks what it can before it changes anything, and writes
+nothing.
+
+With ``is_async`` all of that happens in one thread beside training. The copies it writes from are made before the next
+update (``wait_for_staging``, which the loop calls), and at most one save is under way: the next one waits for it. Its
+failure is told by the next save, and by ``finish`` at the end.
 """
 
 from __future__ import annotations
@@ -11,15 +16,15 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
 import yaml
 from safetensors import SafetensorError
 from torch import nn
-from torch.optim import Optimizer
 
 from nemo_automodel.components.checkpoint import dcp
 from nemo_automodel.components.checkpoint.config import CheckpointingConfig
@@ -29,6 +34,7 @@ from nemo_automodel.components.checkpoint.layout import (
     CONFIG_FILE,
     DATALOADER_FILE,
     INCOMPLETE_MARKER,
+    LOSS_GUARD_FILE,
     LOSSES_FILE,
     MODEL_DIR,
     OPTIM_DIR,
@@ -38,14 +44,15 @@ from nemo_automodel.components.checkpoint.layout import (
     checkpoint_name,
     staging_path,
 )
-from nemo_automodel.components.checkpoint.optimizer_state import OPTIM_KEY, OptimizerRestore, optimizer_entries
+from nemo_automodel.components.checkpoint.manifest import verify, write_manifest
+from nemo_automodel.components.checkpoint.model_dcp import has_model, read_model, write_model
+from nemo_automodel.components.checkpoint.optimizer_state import OPTIM_KEY, OptimizerRestore
+from nemo_automodel.components.checkpoint.parts import SCHED_KEY, Parts, Snapshot, take_snapshot
 from nemo_automodel.components.checkpoint.publish import keep_recent, pointer_directories, publish
 from nemo_automodel.components.checkpoint.restore import find_restore
-from nemo_automodel.components.checkpoint.state import hand_over, read_rng_state, read_state, to_bytes
+from nemo_automodel.components.checkpoint.state import guarded, hand_over, read_rng_state, read_state
 from nemo_automodel.shared.errors import UserError
-from nemo_automodel.shared.types import Stateful
 
-_SCHED_KEY = "sched"
 _ADAM_NUM_STATES = 2
 
 logger = logging.getLogger(__name__)
@@ -53,36 +60,6 @@ logger = logging.getLogger(__name__)
 
 class SaveError(UserError):
     """A checkpoint could not be written; what was there before is untouched."""
-
-
-class ModelFiles(Protocol):
-    """How a model's weights become files: a Hugging Face directory, or adapter files."""
-
-    def write(self, directory: Path) -> None:
-        """Write weights, configuration and tokenizer into an empty directory."""
-
-    def read(self, directory: Path) -> None:
-        """Read weights that ``write`` wrote into the live model.
-
-        Raises:
-            UserError: files are missing or damaged, or the weights do not fit.
-        """
-
-
-@dataclass
-class Parts:
-    """Everything of a run that a checkpoint holds, by name."""
-
-    model_files: ModelFiles
-    model: nn.Module
-    optimizer: Optimizer
-    lr_scheduler: Stateful | None
-    """None: the learning rate is constant."""
-    schedule: Stateful
-    train_loader: Stateful
-    rng: Stateful
-    config_yaml: dict[str, Any]
-    """The effective configuration, as it reproduces the run."""
 
 
 class Checkpointer:
@@ -99,6 +76,7 @@ class Checkpointer:
         self.run_dir = Path(run_dir)
         self.checkpoint_dir = Path(config.checkpoint_dir)
         self._pointer_dirs = pointer_directories(self.run_dir, self.checkpoint_dir)
+        self._background: _Background | None = None
 
     def find_restore(self) -> Path | None:
         """Return the checkpoint that the run goes on from, or None for a fresh start.
@@ -126,20 +104,66 @@ class Checkpointer:
             losses: ``train_loss`` and one loss a validation set, by name (``val_loss`` for the plain one).
             is_last_step: nothing is left to train, so that a run bounded by epochs is known to be finished.
 
+        In the background (``is_async``) the directory is there once ``finish`` or the next save returns, and the
+        failure of the save before is logged.
+
         Raises:
             SaveError: no space, no permission, or the name is taken.
         """
         target = self.run_dir / checkpoint_name(epoch, step_index)
+        try:
+            self.finish()
+        except SaveError as error:
+            logger.error("%s This save tries again.", error)
         logger.info("Saving checkpoint to %s", target)
         if target.exists():
             raise SaveError(f"`{target}` is there already, and a checkpoint is never overwritten. Move it away.")
+        snapshot = take_snapshot(parts)
+        snapshot.files[LOSSES_FILE] = _to_json({name: _finite(loss) for name, loss in losses.items()})
+        progress = {"step": step_index, "epoch": epoch, "is_last_step": is_last_step}
+        snapshot.files[PROGRESS_FILE] = _to_json(progress)
+        if not self.config.is_async:
+            self._write(target, snapshot)
+            return target
+        self._background = _Background(snapshot.stage, lambda: self._write(target, snapshot))
+        if self.config.wait_for_staging:
+            self.wait_for_staging()
+        return target
+
+    def wait_for_staging(self) -> None:
+        """Return when a save under way does not read the live weights any more; call it before changing them."""
+        if self._background is not None:
+            self._background.staged.wait()
+
+    def finish(self) -> None:
+        """Wait for a save under way.
+
+        Raises:
+            SaveError: it failed.
+        """
+        background, self._background = self._background, None
+        if background is not None:
+            background.result()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for a save under way, unless Ctrl-C asks to stop at once."""
+        if kind is None:
+            self.finish()
+        elif issubclass(kind, Exception):
+            try:
+                self.finish()
+            except SaveError as failure:
+                logger.error("%s", failure)
+
+    def _write(self, target: Path, snapshot: Snapshot) -> None:
         staged = staging_path(target)
         try:
-            _write(staged, parts)
-            write_file(staged / LOSSES_FILE, _to_json({name: _finite(loss) for name, loss in losses.items()}))
-            write_file(
-                staged / PROGRESS_FILE, _to_json({"step": step_index, "epoch": epoch, "is_last_step": is_last_step})
-            )
+            _write_files(staged, snapshot, self.config)
             sync_tree(staged)
             publish(staged, target, self._pointer_dirs, self.config.best_metric_key)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -151,7 +175,6 @@ class Checkpointer:
         finally:
             shutil.rmtree(staged, ignore_errors=True)  # what is left of a save that failed
         self._keep_recent()
-        return target
 
     def load(self, path: Path, parts: Parts) -> None:
         """Bring the run back to where ``path`` was saved: data position, random numbers and everything else.
@@ -160,25 +183,36 @@ class Checkpointer:
             UserError: a file is missing or damaged, holds objects that loading would have to run, or does not fit the
                 run; nothing on the disk has changed.
         """
+        self.finish()
         logger.info("Loading checkpoint from %s", path)
+        verify(path)
         schedule = read_state(path / SCHEDULE_FILE)
         data_position = read_state(path / DATALOADER_FILE)
         random_state = read_rng_state(path, self.config.allow_legacy_pickle_restore)
-        archive = dcp.Archive(path / OPTIM_DIR)
-        restore = OptimizerRestore(archive, parts.model, parts.optimizer)
-        nested = archive.read(restore.prepare())
-        restore.apply(nested[OPTIM_KEY], _changed_settings(path, parts.config_yaml))
-        parts.model_files.read(path / MODEL_DIR)
+        nested = _load_weights(path, parts)
         if parts.lr_scheduler is not None:
-            if _SCHED_KEY not in nested:
+            if SCHED_KEY not in nested:
                 raise UserError(
-                    f"`{archive.directory}` has no state of an `lr_scheduler`: the run was saved with a constant "
+                    f"`{path / OPTIM_DIR}` has no state of an `lr_scheduler`: the run was saved with a constant "
                     "learning rate. Remove `lr_scheduler`, or start a new run."
                 )
-            hand_over(archive.directory, parts.lr_scheduler, nested[_SCHED_KEY])
+            hand_over(path / OPTIM_DIR, parts.lr_scheduler, nested[SCHED_KEY])
         hand_over(path / SCHEDULE_FILE, parts.schedule, schedule)
         hand_over(path / DATALOADER_FILE, parts.train_loader, data_position)
+        if parts.loss_guard is not None and (path / LOSS_GUARD_FILE).is_file():
+            remembered = guarded(path / LOSS_GUARD_FILE, lambda: json.loads((path / LOSS_GUARD_FILE).read_text()))
+            hand_over(path / LOSS_GUARD_FILE, parts.loss_guard, remembered)
         hand_over(path / RNG_FILE, parts.rng, random_state)  # last: everything above may draw random numbers
+
+    def load_weights(self, path: Path, parts: Parts) -> None:
+        """Take weights and optimizer back to ``path`` and leave everything else where it is.
+
+        Raises:
+            UserError: as ``load``.
+        """
+        self.finish()
+        verify(path)
+        _load_weights(path, parts)
 
     def _keep_recent(self) -> None:
         if self.config.max_recent_checkpoints is None:
@@ -198,18 +232,58 @@ def estimate_num_bytes(model: nn.Module, saves_whole_model: bool) -> int:
     return (whole if saves_whole_model else trained) + _ADAM_NUM_STATES * trained
 
 
-def _write(staged: Path, parts: Parts) -> None:
+def _load_weights(path: Path, parts: Parts) -> dict[str, Any]:
+    """Load optimizer and model, and return what else the optimizer's archive holds."""
+    archive = dcp.Archive(path / OPTIM_DIR)
+    restore = OptimizerRestore(archive, parts.model, parts.optimizer)
+    nested = archive.read(restore.prepare())
+    restore.apply(nested[OPTIM_KEY], _changed_settings(path, parts.config_yaml))
+    if has_model(path):
+        read_model(path, parts.model_files.weights())
+    else:
+        parts.model_files.read(path / MODEL_DIR)
+    return nested
+
+
+class _Background:
+    """One save beside training: ``stage`` copies, then ``write`` writes."""
+
+    def __init__(self, stage: Callable[[], None], write: Callable[[], None]) -> None:
+        self.staged = threading.Event()
+        self._stage, self._write = stage, write
+        self._failure: BaseException | None = None
+        # a daemon, so that a second Ctrl-C does not wait for it; what it leaves is removed at the next start
+        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            self._stage()
+            self.staged.set()
+            self._write()
+        except BaseException as error:  # handed to the thread that trains
+            self._failure = error
+        finally:
+            self.staged.set()
+
+    def result(self) -> None:
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+
+def _write_files(staged: Path, snapshot: Snapshot, config: CheckpointingConfig) -> None:
     write_file(staged / INCOMPLETE_MARKER, b"")
     (staged / MODEL_DIR).mkdir()
-    parts.model_files.write(staged / MODEL_DIR)
-    state: dict[str, Any] = {OPTIM_KEY: optimizer_entries(parts.model, parts.optimizer)}
-    if parts.lr_scheduler is not None:
-        state[_SCHED_KEY] = parts.lr_scheduler.state_dict()
-    dcp.write(staged / OPTIM_DIR, state)
-    write_file(staged / DATALOADER_FILE, to_bytes(parts.train_loader.state_dict()))
-    write_file(staged / RNG_FILE, to_bytes(parts.rng.state_dict()))
-    write_file(staged / SCHEDULE_FILE, to_bytes(parts.schedule.state_dict()))
-    write_file(staged / CONFIG_FILE, yaml.safe_dump(parts.config_yaml, sort_keys=False, allow_unicode=True).encode())
+    if config.model_save_format == "torch_save":
+        snapshot.model_files.write_from(staged / MODEL_DIR, None)
+        write_model(staged, snapshot.weights)
+    else:
+        snapshot.model_files.write_from(staged / MODEL_DIR, snapshot.weights)
+    dcp.write(staged / OPTIM_DIR, snapshot.state)
+    for name, content in snapshot.files.items():
+        write_file(staged / name, content)
+    write_manifest(staged)
 
 
 def _changed_settings(checkpoint: Path, config_yaml: Mapping[str, Any]) -> set[str]:

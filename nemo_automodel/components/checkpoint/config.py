@@ -8,13 +8,11 @@ from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_
 
 # keys that change what is saved or loaded and that no code honours yet
 _LATER = (
-    "is_async",
     "model_cache_dir",
     "model_repo_id",
     "dequantize_base_checkpoint",
     "original_model_root_dir",
     "skip_task_head_prefixes_for_base_model",
-    "staging_dir",
     "v4_compatible",
     "diffusers_compatible",
 )
@@ -27,11 +25,14 @@ class CheckpointingConfig:
     enabled: bool = True
     checkpoint_dir: str = "checkpoints/"
     model_save_format: str = "safetensors"
+    """``torch_save``: the weights go to ``model_dcp/`` as torch's own format, and ``model/`` has everything else."""
     save_consolidated: bool | str = "final"
     """``false``, ``final`` or ``every`` (``true`` is ``every``). One process writes the Hugging Face files at every
     save, whatever this says."""
     is_async: bool = False
+    """Write beside training; costs host memory of the size of a checkpoint."""
     wait_for_staging: bool = False
+    """With ``is_async``: copy before training goes on instead of during the next forward and backward pass."""
     cpu_offload: bool = False
     model_cache_dir: str | None = None
     """``null``: the Hugging Face cache."""
@@ -71,15 +72,22 @@ class CheckpointingConfig:
             )
         self._refuse_what_comes_later()
 
+    def notices(self) -> list[str]:
+        """Return a line for each key that has no effect in this run."""
+        found = [
+            f"`checkpoint.{key}` has no effect on one process, which writes the final files directly."
+            for key, default in (("staging_dir", None), ("single_rank_consolidation", False), ("cpu_offload", False))
+            if getattr(self, key) != default
+        ]
+        if self.wait_for_staging and not self.is_async:
+            found.append("`checkpoint.wait_for_staging: true` has no effect without `checkpoint.is_async: true`.")
+        return found
+
     def _refuse_what_comes_later(self) -> None:
         for key in _LATER:
             value = getattr(self, key)
             if value:
                 raise NotSupportedYetError(f"`checkpoint.{key}: {value}` is not supported yet. Remove the key.")
-        if self.model_save_format == "torch_save":
-            raise NotSupportedYetError(
-                "`checkpoint.model_save_format: torch_save` is not supported yet. Use safetensors."
-            )
         if self.checkpoint_dir.startswith("msc://"):
             raise NotSupportedYetError(
                 f"`checkpoint.checkpoint_dir: {self.checkpoint_dir}`: object stores are not supported yet. "

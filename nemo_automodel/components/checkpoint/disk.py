@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ _GIB = 2**30
 _LOCK_FILE = ".lock"
 _FULL_BELOW_NUM_BYTES = 2**20
 """A disk with less free space than this counts as full when a writer fails without saying why."""
+
+logger = logging.getLogger(__name__)
 
 _held: dict[Path, IO[bytes]] = {}
 
@@ -85,6 +88,17 @@ def check_writable(directory: Path, num_bytes_needed: int = 0) -> None:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise UserError(
             f"A checkpoint needs about {num_bytes_needed / _GIB:.2f} GiB. {_reason(full, directory)} {_remedy(full)}"
+        )
+
+
+def warn_if_crowded(directory: Path, num_bytes_each: int, num_checkpoints: int) -> None:
+    """Say so when ``num_checkpoints`` of that size, at least two, will not fit; the first one is known to."""
+    room = shutil.disk_usage(directory).free // max(num_bytes_each, 1)
+    if room < num_checkpoints:
+        logger.warning(
+            "This run will hold up to %d checkpoints of about %.2f GiB, but the disk of `%s` has room for %d. A save "
+            "without room is skipped. Free some space or set --checkpoint.max_recent_checkpoints %d.",
+            *(num_checkpoints, num_bytes_each / _GIB, directory, room, max(1, room - 2)),
         )
 
 

@@ -3,7 +3,8 @@
     checkpoints/                         the checkpoint directory; also the directory of the run that came first
       epoch_0_step_99/                   a published checkpoint, never written again
         config.yaml                      the effective configuration
-        losses.json  progress.json       readable without torch
+        losses.json  progress.json       readable without torch; so is loss_guard.json
+        manifest.json                    size and checksum of every other file
         dataloader/  rng/  optim/  model/
         step_scheduler.pt
       epoch_0_step_99.reserving-<uuid>/  a checkpoint being written; holds `.incomplete`
@@ -31,7 +32,10 @@ SCHEDULE_FILE = "step_scheduler.pt"
 DATALOADER_FILE = "dataloader/dataloader_dp_rank_0.pt"
 RNG_FILE = "rng/rng_global_rank_0.pt"
 LEGACY_RNG_FILE = "rng/rng_dp_rank_0.pt"
+LOSS_GUARD_FILE = "loss_guard.json"
 MODEL_DIR = "model"
+MODEL_DCP_DIR = "model_dcp"
+"""Weights in torch's distributed format, where they are not in `model/`."""
 OPTIM_DIR = "optim"
 
 INCOMPLETE_MARKER = ".incomplete"

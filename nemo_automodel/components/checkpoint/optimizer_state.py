@@ -24,7 +24,7 @@ from nemo_automodel.shared.errors import UserError
 
 OPTIM_KEY = "optim"
 
-_STATE, _GROUP = "state.", "param_groups."
+_STATE, GROUP_PREFIX = "state.", "param_groups."
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """Parts of a parameter's name that torch.compile and activation checkpointing add."""
 _HOW_IT_RUNS = {"params", "foreach", "fused", "capturable", "differentiable"}
@@ -50,7 +50,7 @@ def optimizer_entries(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         for parameter in group["params"]:
             name = names[parameter]
             entries |= {f"{_STATE}{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
-            entries |= {f"{_GROUP}{name}.{key}": value for key, value in group.items() if key != "params"}
+            entries |= {f"{GROUP_PREFIX}{name}.{key}": value for key, value in group.items() if key != "params"}
     return entries
 
 
@@ -67,8 +67,8 @@ class OptimizerRestore:
         names = parameter_names(model)
         self._parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
         self._saved = {str(place[1]): value for place, value in archive.describe().items() if place[0] == OPTIM_KEY}
-        group_keys = {key.removeprefix(_GROUP) for key in self._saved if key.startswith(_GROUP)}
-        self._saved_state = {key for key in self._saved if not key.startswith(_GROUP)}
+        group_keys = {key.removeprefix(GROUP_PREFIX) for key in self._saved if key.startswith(GROUP_PREFIX)}
+        self._saved_state = {key for key in self._saved if not key.startswith(GROUP_PREFIX)}
         self._require_same("parameters", {_name_in(key) for key in group_keys}, set(self._parameters))
 
     def prepare(self) -> dict[Place, torch.Tensor]:
@@ -101,7 +101,7 @@ class OptimizerRestore:
         names = {parameter: name for name, parameter in self._parameters.items()}
         for group in self._optimizer.param_groups:
             for key in [key for key in group if key not in _HOW_IT_RUNS and key not in changed]:
-                self._apply_setting(group, key, [f"{_GROUP}{names[p]}.{key}" for p in group["params"]], entries)
+                self._apply_setting(group, key, [f"{GROUP_PREFIX}{names[p]}.{key}" for p in group["params"]], entries)
 
     def _apply_setting(
         self, group: dict[str, Any], key: str, saved_keys: list[str], entries: Mapping[str, Any]

@@ -79,10 +79,8 @@ _LATER_DATASETS = frozenset(
         "RetrievalBiencoderCollator",
         "RetrievalDatasetConfig",
         "build_mock_rollout_dataset",
-        "make_agent_chat_dataset",
         "make_retrieval_dataset",
         "make_seq2seq_dataset",
-        "make_xlam_dataset",
         "prefix_tree_collate_fn",
     )
 )

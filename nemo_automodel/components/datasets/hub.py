@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_automodel.shared.errors import UserError, did_you_mean
 
@@ -14,21 +14,38 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def load_hub_splits(repo: str, split_names: list[str], config: str | None) -> list[datasets.Dataset]:
+def load_hub_splits(
+    repo: str, split_names: list[str], config: str | None, revision: str | None = None
+) -> list[datasets.Dataset]:
     """Load whole splits of a Hub data set from the cache or the network; an empty name takes the only split.
 
     Raises:
         UserError: bad name, missing, gated, unreachable or offline, unknown configuration or split.
     """
+    return _load(repo, split_names, config, {"revision": revision})
+
+
+def stream_hub_splits(
+    repo: str, split_names: list[str], config: str | None, revision: str | None = None
+) -> list[datasets.IterableDataset]:
+    """Open splits of a Hub data set to be read over the network row by row; nothing is kept on the disk.
+
+    Raises:
+        UserError: as ``load_hub_splits``.
+    """
+    return _load(repo, split_names, config, {"revision": revision, "streaming": True})
+
+
+def _load(repo: str, split_names: list[str], config: str | None, options: dict[str, Any]) -> list[Any]:
     if not _NAME.fullmatch(repo):
         raise UserError(f"`{repo}` is neither a path that exists nor a Hub data set (owner/name).")
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
-    loaded = []
+    loaded: list[Any] = []
     for split in split_names:
         try:
-            found = datasets.load_dataset(repo, config, split=split or None)
+            found = datasets.load_dataset(repo, config, split=split or None, **options)
         except datasets.exceptions.DatasetNotFoundError as error:
             raise UserError(_not_found(repo, str(error))) from error
         except (ConnectionError, HfHubHTTPError) as error:

@@ -1,18 +1,20 @@
 """From a data set to a stream of batches that can stop anywhere and go on exactly there.
 
 The order of an epoch follows from seed and epoch alone, so the place in it is one number: the rows handed out so far.
-It does not depend on workers, and a run may go on with another batch size. Data sets that are streams keep their own
+Rows may still be coming while the first are read (packing streams): then nobody waits for more than is asked for. It
+does not depend on workers, and a run may go on with another batch size. Data sets that are streams keep their own
 place, worker by worker.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +23,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nemo_automodel.components.datasets.config import DataloaderConfig
 from nemo_automodel.components.datasets.llm.tokenized_rows import TokenizedRows
-from nemo_automodel.components.datasets.streaming import IndexedStream
+from nemo_automodel.components.datasets.mix import MixedRows
+from nemo_automodel.components.datasets.packed_rows import PackedRows
+from nemo_automodel.components.datasets.packed_stream import PackedStream
+from nemo_automodel.components.datasets.streaming import IndexedStream, Stream
 from nemo_automodel.shared.errors import NotSupportedYetError, UserError
 
 logger = logging.getLogger(__name__)
@@ -76,15 +81,19 @@ def build_dataloader(
         if batch_size is not None:
             options["drop_last"] = cfg.drop_last
         return ResumableDataLoader(dataset, None, options)
-    lengths = _lengths(dataset) if cfg.group_by_length else None
+    if cfg.num_workers > 0 and isinstance(dataset, PackedRows):
+        dataset.finish_before_fork()
+    # packed rows all have one length
+    lengths = _lengths(dataset) if cfg.group_by_length and not isinstance(dataset, PackedRows) else None
     sampler = EpochBatchSampler(
-        len(dataset),
+        dataset if isinstance(dataset, PackedRows) else FixedRows(len(dataset)),
         batch_size or 1,
         shuffle_seed=seed if shuffles(cfg, is_training) else None,
         drop_last=cfg.drop_last,
         num_replicas=num_replicas,
         replica=replica,
         lengths=lengths,
+        mixture=dataset if isinstance(dataset, MixedRows) else None,
     )
     options |= {"batch_sampler": sampler, "collate_fn": _only_item if batch_size is None else collate_fn}
     return ResumableDataLoader(dataset, sampler, options)
@@ -95,8 +104,11 @@ def _configure_stream(
 ) -> None:
     if cfg.group_by_length:
         raise UserError("`dataloader.group_by_length: true` needs a data set with a length, but this one is a stream.")
-    if isinstance(dataset, IndexedStream):
-        dataset.configure(seed if shuffles(cfg, is_training) else None, num_replicas, replica)
+    if isinstance(dataset, PackedStream) and not isinstance(dataset.source, Stream):
+        _configure_stream(dataset.source, cfg, seed, is_training, num_replicas, replica)
+    elif isinstance(dataset, Stream):
+        shuffle_seed = seed if shuffles(cfg, is_training) else None
+        dataset.configure(shuffle_seed, num_replicas, replica, cfg.shuffle_buffer_size)
     elif num_replicas > 1:
         raise NotSupportedYetError(
             f"A stream of the kind {type(dataset).__name__} on {num_replicas} ranks is not supported yet. Use a "
@@ -115,7 +127,7 @@ def _only_item(items: list[Any]) -> Any:
 
 
 def _lengths(dataset: Any) -> list[int]:
-    if not isinstance(dataset, TokenizedRows):
+    if not isinstance(dataset, TokenizedRows | MixedRows):
         return [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
     found: list[int] = []
     for start in range(0, len(dataset), _LENGTHS_AT_ONCE):
@@ -123,16 +135,49 @@ def _lengths(dataset: Any) -> list[int]:
     return found
 
 
+class GrowingRows(Protocol):
+    """Rows that may still be coming while the first ones are read."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether all rows are there."""
+
+    def at_least(self, num_rows: int) -> bool:
+        """Tell whether there are so many, waiting no longer than that takes."""
+
+    def __len__(self) -> int:
+        """Return how many there are, waiting for the last one."""
+
+
+class FixedRows:
+    """Rows that are all there."""
+
+    is_complete = True
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+
+    def at_least(self, num_rows: int) -> bool:
+        """Tell whether there are so many."""
+        return num_rows <= self._num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+
 class EpochBatchSampler(Sampler[list[int]]):
     """Batches of row numbers of one replica, in an order that follows from seed and epoch.
 
     All replicas cut the same order into pieces of ``batch_size * num_replicas`` rows and take every
     ``num_replicas``-th of a piece, so that the rows of a global batch do not depend on how it is spread.
+
+    Packed rows are read as they are made in epoch 0, since their documents were shuffled before, and in a shuffled
+    order in later epochs.
     """
 
     def __init__(
         self,
-        num_rows: int,
+        rows: GrowingRows,
         batch_size: int,
         *,
         shuffle_seed: int | None,
@@ -140,41 +185,71 @@ class EpochBatchSampler(Sampler[list[int]]):
         num_replicas: int = 1,
         replica: int = 0,
         lengths: Sequence[int] | None = None,
+        mixture: MixedRows | None = None,
     ) -> None:
-        self.num_rows, self.piece = num_rows, batch_size * num_replicas
+        self.rows, self.piece = rows, batch_size * num_replicas
         self.epoch, self.start = 0, 0
         self._shuffle_seed, self._num_replicas, self._replica = shuffle_seed, num_replicas, replica
         self._lengths = None if lengths is None else np.array(lengths)
-        self.num_used = num_rows - num_rows % (self.piece if drop_last else num_replicas)
-        if self.num_used == 0:
+        self._mixture = mixture
+        self._unit = self.piece if drop_last else num_replicas
+        if rows.is_complete:
+            self._check_not_empty()
+
+    def _check_not_empty(self) -> None:
+        if not self._uses(1):
             raise UserError(
-                f"The data set has {num_rows} rows, but one batch takes {self.piece} (local batch size × replicas). "
-                "Use a smaller batch, or set `dataloader.drop_last: false`."
+                f"The data set has {len(self.rows)} rows, but one batch takes {self.piece} (local batch size × "
+                "replicas). Use a smaller batch, or set `dataloader.drop_last: false`."
             )
+
+    @property
+    def num_used(self) -> int:
+        """Rows of an epoch: what cannot be shared out evenly is left out."""
+        return len(self.rows) // self._unit * self._unit
+
+    def _uses(self, num_rows: int) -> bool:
+        """Tell whether an epoch has so many rows, without waiting for more."""
+        return self.rows.at_least(-(-num_rows // self._unit) * self._unit)
+
+    def at_least(self, num_batches: int) -> bool:
+        """Tell whether an epoch has so many batches, without waiting for more."""
+        return num_batches <= 0 or self._uses((num_batches - 1) * self.piece + 1)
 
     def __len__(self) -> int:
         return math.ceil(self.num_used / self.piece)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        for start in range(self.start, self.num_used, self.piece):
-            end = min(start + self.piece, self.num_used)
-            yield order[start + self._replica : end : self._num_replicas].tolist()
+        self._check_not_empty()
+        order, start = self._order(), self.start
+        while self._uses(start + 1):
+            end = start + self.piece if self._uses(start + self.piece) else self.num_used
+            mine = range(start + self._replica, end, self._num_replicas)
+            yield list(mine) if order is None else order[mine].tolist()
+            start += self.piece
 
-    def _order(self) -> np.ndarray:
+    def _order(self) -> np.ndarray | None:
+        """Return the rows of the epoch in order; None: as they are numbered."""
+        if isinstance(self.rows, PackedRows) and self.epoch == 0:
+            return None
+        num_rows = len(self.rows)
         rng = None if self._shuffle_seed is None else np.random.default_rng([self._shuffle_seed, self.epoch])
-        order = np.arange(self.num_rows) if rng is None else rng.permutation(self.num_rows)
+        order = np.arange(num_rows) if rng is None else self._shuffled(rng)
         if self._lengths is None:
             return order
         stretch = self.piece * _BATCHES_SORTED_TOGETHER
-        for start in range(0, self.num_rows, stretch):
+        for start in range(0, num_rows, stretch):
             rows = order[start : start + stretch]
             order[start : start + stretch] = rows[np.argsort(-self._lengths[rows], kind="stable")]
         if rng is None:
             return order
-        num_whole = self.num_rows // self.piece  # a batch that is not full stays the last one
+        num_whole = num_rows // self.piece  # a batch that is not full stays the last one
         whole = order[: num_whole * self.piece].reshape(num_whole, self.piece)
         return np.concatenate([rng.permutation(whole).reshape(-1), order[num_whole * self.piece :]])
+
+    def _shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """Return another order of all rows; that of a mixture keeps the shares of its sets in every stretch."""
+        return rng.permutation(len(self.rows)) if self._mixture is None else self._mixture.shuffled(rng)
 
 
 class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
@@ -202,19 +277,31 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         self.epoch = epoch
         if self._rows is not None:
             self._rows.epoch = epoch
-        elif isinstance(self.dataset, IndexedStream):
+        elif isinstance(self.dataset, Stream):
             self.dataset.set_epoch(epoch)
+
+    @property
+    def grows(self) -> bool:
+        """Tell whether rows are still coming, so that ``len`` would wait for them."""
+        return self._rows is not None and not self._rows.rows.is_complete
+
+    def at_least(self, num_batches: int) -> bool:
+        """Tell whether a whole epoch has so many micro-batches; of rows that are still coming, wait for no more."""
+        return num_batches <= len(self) if self._rows is None else self._rows.at_least(num_batches)
 
     def __len__(self) -> int:
         """Return the number of micro-batches of a whole epoch; a TypeError where a stream does not end."""
         if self._rows is not None:
             return len(self._rows)
-        if not isinstance(self.dataset, IndexedStream):
+        if not isinstance(self.dataset, Stream):
             return int(super().__len__())
         if self.dataset.repeats:
             raise TypeError("A stream that repeats for ever has no length.")
         size, num_workers = self.batch_size or 1, max(self.num_workers, 1)
-        shares = [self.dataset.num_items_of(worker, num_workers) for worker in range(num_workers)]
+        known = [self.dataset.num_items_of(worker, num_workers) for worker in range(num_workers)]
+        shares = [share for share in known if share is not None]
+        if len(shares) < num_workers:
+            raise TypeError("Only reading this stream to its end tells how long it is.")
         return sum(share // size if self.drop_last else math.ceil(share / size) for share in shares)
 
     def __iter__(self) -> Iterator[Any]:
@@ -230,13 +317,26 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
             yield batch
         self._is_finished = True
 
+    def peek(self, num_batches: int) -> list[list[int]] | None:
+        """Return the row numbers of the epoch's first micro-batches, without moving.
+
+        None for streams whose items have no numbers.
+        """
+        if self._rows is not None:
+            return list(itertools.islice(self._rows, num_batches))
+        if isinstance(self.dataset, IndexedStream):
+            return self.dataset.first_items(num_batches, self.batch_size or 1, self.num_workers)
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the place: epoch, rows handed out over all replicas (or the stream's own state)."""
         state: dict[str, Any] = {"epoch": self.epoch, "is_finished": self._is_finished}
         if self._rows is None:
             return {**state, "stream": super().state_dict() if self._has_begun else self.next_iter_state or {}}
-        done = min(self._start + self._num_batches * self._rows.piece, self._rows.num_used)
-        return {**state, "num_rows_done": done, "num_rows": self._rows.num_rows}
+        done = self._start + self._num_batches * self._rows.piece
+        if not self._rows.rows.is_complete:
+            return {**state, "num_rows_done": done, "num_rows": None}
+        return {**state, "num_rows_done": min(done, self._rows.num_used), "num_rows": len(self._rows.rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a place at the next iteration.
@@ -250,9 +350,10 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
             self.next_iter_state = None
             super().load_state_dict(state["stream"])
             return
-        if state["num_rows"] != self._rows.num_rows:
+        rows, num_rows = self._rows.rows, state["num_rows"]
+        if num_rows is not None and (not rows.at_least(num_rows) or rows.at_least(num_rows + 1)):
             raise UserError(
-                f"The data set has {self._rows.num_rows:,} rows, but it had {state['num_rows']:,} when the checkpoint "
-                "was written, so its place in the data means nothing. Restore the data, or start a new run."
+                f"The data set has {len(rows):,} rows, but it had {num_rows:,} when the checkpoint was written, so its "
+                "place in the data means nothing. Restore the data, or start a new run."
             )
         self._start, self._num_batches = state["num_rows_done"], 0

@@ -1,38 +1,73 @@
 """Packing: several short documents share a row, so that no time goes into padding.
 
-A document is never cut in two. ``thd`` keeps the order: a document that does not fit any more begins the next row.
-``neat`` looks at all lengths and always takes the longest document that still fits; the rows then stand in the order of
-their first document. In a row ``position_ids`` restart at 0 with every document and run on into the padding at the end,
-and ``seq_lens`` says where the documents lie: whoever computes attention keeps them apart by it.
+A document is never cut in two. A *strategy* turns documents, given by number and length, into packs, lists of numbers:
 
-All documents are tokenised before the first step; they are kept as int32, 8 bytes a token with its label.
+* ``thd`` keeps the order: a document that does not fit any more begins the next pack (next fit).
+* ``best_fit`` looks at the next ``look_ahead`` documents. The oldest of them begins a pack, so none waits long; then,
+  as long as one fits, the one that leaves the least room goes in, the oldest of equals.
+* ``neat`` looks at all documents and always takes the longest one that still fits; packs then stand in the order of
+  their first document.
+
+All are deterministic. The first two hand out packs while documents still arrive, so a run begins before its data is
+tokenised; ``neat`` has to wait for the last one.
 """
 
 from __future__ import annotations
 
-import logging
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
 
 from nemo_automodel.components.datasets.config import PackedSequenceConfig
-from nemo_automodel.components.datasets.llm.formatting import Sample
-from nemo_automodel.components.datasets.llm.tokenized_rows import TokenizedRows
 from nemo_automodel.shared.errors import UserError
-from nemo_automodel.shared.types import IGNORE_INDEX
 
-logger = logging.getLogger(__name__)
 
-_DOCUMENTS_AT_ONCE = 1000
+class Document(NamedTuple):
+    """What is packed as one piece: a tokenised row, or several rows that share their beginning."""
+
+    ids: np.ndarray
+    """int32 ``[T]``"""
+    labels: np.ndarray
+    """int32 ``[T]``, already shifted; -100 where nothing is learned."""
+    branches: np.ndarray | None = None
+    """int32 ``[K]``, lengths of the shared beginning and of each branch, adding up to T; None: one plain sequence."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of tokenised rows that it holds."""
+        return 1 if self.branches is None else len(self.branches) - 1
+
+    @property
+    def num_saved_tokens(self) -> int:
+        """Tokens that the rows would have more if each had its own beginning."""
+        return 0 if self.branches is None else int(self.branches[0]) * (self.num_rows - 1)
+
+
+Arrange = Callable[[list[Document]], list[Document]]
+"""A step between documents and packs: consecutive documents (a window, in packing order) in, what is packed out.
+
+Every token that is learned must come out exactly once, and no document may come out longer than a row. It must depend
+on its argument alone, because packs are made again after a restart.
+"""
+
+ARRANGE_WINDOW = 256
+"""Documents that an ``Arrange`` step sees together. Where there is one, a shuffle moves whole windows of rows."""
+
+Piece = tuple[int, int]
+"""The number of a document and its length."""
+
+Strategy = Callable[[Iterable[Piece], int], Iterator[list[int]]]
+"""Turns documents that are no longer than a row of so many tokens into packs, in the order in which rows are read."""
 
 
 @dataclass
 class PackingReport:
-    """What packing did to a data set."""
+    """What packing did to a data set, so far."""
 
     size: int
     """Tokens of a row."""
@@ -41,8 +76,21 @@ class PackingReport:
     num_tokens: int = 0
     """Tokens of the documents."""
     num_too_long: int = 0
+    """Documents longer than a row, left out or cut."""
     num_unlearned: int = 0
     """Documents without a learned token, left out."""
+    cuts_long: bool = False
+    """Documents longer than a row are cut, not left out."""
+    num_saved_tokens: int = 0
+    """Tokens that shared prefixes saved."""
+
+    def add_row(self, documents: Iterable[Document]) -> None:
+        """Count a row and what it holds."""
+        self.num_rows += 1
+        for document in documents:
+            self.num_documents += document.num_rows
+            self.num_tokens += len(document.ids)
+            self.num_saved_tokens += document.num_saved_tokens
 
     @property
     def padding_share(self) -> float:
@@ -55,188 +103,133 @@ class PackingReport:
             f"{self.size:,}: {100 * self.padding_share:.1f} % padding"
         )
         if self.num_too_long:
-            line += f", {self.num_too_long:,} documents dropped because they are longer than a row"
+            what = "cut" if self.cuts_long else "dropped"
+            line += f", {self.num_too_long:,} documents {what} because they are longer than a row"
         if self.num_unlearned:
             line += f", {self.num_unlearned:,} dropped because nothing of them is learned"
+        if self.num_saved_tokens:
+            share = self.num_saved_tokens / (self.num_tokens + self.num_saved_tokens)
+            line += f"; prefix sharing saved {self.num_saved_tokens:,} tokens, {100 * share:.1f} %"
         return line + "."
 
 
-class PackedRows(Dataset[Sample]):
-    """Packed rows, put together when asked for.
-
-    A row holds ``input_ids``, ``labels``, ``position_ids`` (lists of ``size``), ``seq_lens`` (lengths of its documents)
-    and ``seq_lens_padded`` (the same, the last one with the padding).
-    """
-
-    def __init__(
-        self,
-        documents: Sequence[tuple[np.ndarray, np.ndarray]],
-        packs: Sequence[Sequence[int]],
-        report: PackingReport,
-        pad_token_id: int,
-    ) -> None:
-        self._documents, self._packs, self._pad_token_id = documents, packs, pad_token_id
-        self.report = report
-
-    def __len__(self) -> int:
-        return len(self._packs)
-
-    def __getitem__(self, index: int) -> Sample:
-        size = self.report.size
-        input_ids, labels = np.full(size, self._pad_token_id), np.full(size, IGNORE_INDEX)
-        position_ids, lengths, end = np.zeros(size, dtype=np.int64), [], 0
-        for number in self._packs[index]:
-            ids, document_labels = self._documents[number]
-            start, end = end, end + len(ids)
-            input_ids[start:end], labels[start:end] = ids, document_labels
-            position_ids[start:] = np.arange(size - start)  # the last document's run on into the padding
-            lengths.append(len(ids))
-        return {
-            "input_ids": input_ids.tolist(),
-            "labels": labels.tolist(),
-            "position_ids": position_ids.tolist(),
-            "seq_lens": lengths,
-            "seq_lens_padded": [*lengths[:-1], lengths[-1] + size - end],
-        }
-
-
-def pack_dataset(
-    dataset: Any,
-    cfg: PackedSequenceConfig,
-    *,
-    pad_token_id: int,
-    seed: int,
-    shuffle: bool,
-    progress: Callable[[int, int], None] | None = None,
-) -> Any:
-    """Pack a map-style data set of samples into rows of ``cfg.packed_sequence_size`` tokens.
-
-    ``shuffle`` shuffles the documents with ``seed`` first; ``progress`` is called with the number of documents done and
-    the number of all.
-
-    Returns:
-        ``PackedRows``; with ``cfg.prepacked`` the data set itself, once its first row is seen to be packed.
+def check_length(length: int, report: PackingReport, policy: str, where: str) -> int:
+    """Return how many tokens of a document are packed: 0 leaves it out; count it.
 
     Raises:
-        UserError: an iterable data set, nothing fits, or a document is too long and ``drop_long_samples`` is false.
+        UserError: it is longer than a row and the policy is ``error``.
     """
-    if cfg.prepacked:
-        _check_prepacked(dataset[0], cfg.packed_sequence_size)
-        return dataset
-    if isinstance(dataset, IterableDataset):
+    if length <= report.size:
+        return length
+    if policy == "error":
         raise UserError(
-            "`packed_sequence.packed_sequence_size` needs a data set with a length, but this one is a stream. Set it "
-            "to 0, or use the map-style form of the data set."
+            f"{where} has {length:,} tokens, but `packed_sequence.packed_sequence_size` is {report.size:,}. Raise "
+            "it, set `packed_sequence.on_long` to drop or truncate, or truncate with `dataset.seq_length`."
         )
-    if cfg.num_proc > 1:
-        logger.warning("`packed_sequence.num_proc: %d` has no effect: the tokenizer uses all cores.", cfg.num_proc)
-    order = np.random.default_rng(seed).permutation(len(dataset)) if shuffle else np.arange(len(dataset))
-    report = PackingReport(size=cfg.packed_sequence_size)
-    documents: list[tuple[np.ndarray, np.ndarray]] = []
-    stream = _fitting_documents(dataset, order.tolist(), cfg, report, progress)
-    pack = _next_fit if cfg.packing_strategy == "thd" else _longest_first
-    packs = pack(stream, documents, report.size, cfg.max_packs)
-    if not packs:
-        raise UserError(
-            f"None of the {len(dataset):,} documents can be packed: {report.num_too_long:,} are longer than "
-            f"`packed_sequence.packed_sequence_size: {report.size}`, {report.num_unlearned:,} have nothing to learn."
-        )
-    report.num_rows, report.num_documents = len(packs), sum(len(pack) for pack in packs)
-    report.num_tokens = sum(len(documents[number][0]) for pack in packs for number in pack)
-    logger.info("%s", report)
-    return PackedRows(documents, packs, report, pad_token_id)
+    report.num_too_long += 1
+    return report.size if policy == "truncate" else 0
 
 
-def _check_prepacked(row: Sample, size: int) -> None:
-    missing = [key for key in ("input_ids", "labels", "position_ids", "seq_lens", "seq_lens_padded") if key not in row]
-    if missing or len(row["input_ids"]) != size:
-        what = f"has no `{missing[0]}`" if missing else f"has {len(row['input_ids'])} tokens"
-        raise UserError(
-            f"`packed_sequence.prepacked: true` expects packed rows of {size} tokens, but the first row {what}. "
-            "Set it to false to have the rows packed."
-        )
+def strategy_of(cfg: PackedSequenceConfig) -> Strategy:
+    """Return the strategy that the settings name."""
+    if cfg.packing_strategy == "best_fit":
+        return partial(best_fit, look_ahead=cfg.look_ahead)
+    return next_fit if cfg.packing_strategy == "thd" else longest_first
 
 
-def _fitting_documents(
-    dataset: Any,
-    order: list[int],
-    cfg: PackedSequenceConfig,
-    report: PackingReport,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield ids and labels of every document that can be packed; count the others in ``report``."""
-    for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
-        indices = order[start : start + _DOCUMENTS_AT_ONCE]
-        samples = dataset.__getitems__(indices) if isinstance(dataset, TokenizedRows) else [dataset[i] for i in indices]
-        for index, sample in zip(indices, samples, strict=True):
-            ids, labels = _document(sample)
-            if len(ids) > report.size:
-                if not cfg.drop_long_samples:
-                    where = dataset.rows.where(index) if isinstance(dataset, TokenizedRows) else f"Row {index + 1}"
-                    raise UserError(
-                        f"{where} has {len(ids):,} tokens, but `packed_sequence.packed_sequence_size` is "
-                        f"{report.size:,}. Raise it, set `packed_sequence.drop_long_samples: true`, or truncate with "
-                        "`dataset.seq_length`."
-                    )
-                report.num_too_long += 1
-            elif (labels == IGNORE_INDEX).all():
-                report.num_unlearned += 1
-            else:
-                yield ids, labels
-        if progress is not None:
-            progress(start + len(indices), len(order))
-
-
-def _document(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and labels without padding, with a ``loss_mask`` folded into the labels."""
-    length = sum(sample["attention_mask"]) if "attention_mask" in sample else len(sample["input_ids"])
-    ids = np.array(sample["input_ids"][:length], dtype=np.int32)
-    labels = np.array(sample["labels"][:length], dtype=np.int32)
-    if "loss_mask" in sample:
-        labels[np.array(sample["loss_mask"][:length]) == 0] = IGNORE_INDEX
-    return ids, labels
-
-
-def _next_fit(
-    stream: Iterator[tuple[np.ndarray, np.ndarray]],
-    documents: list[tuple[np.ndarray, np.ndarray]],
-    size: int,
-    max_packs: int | None,
-) -> list[list[int]]:
-    packs: list[list[int]] = []
-    free = 0
-    for document in stream:
-        length = len(document[0])
-        if not packs or length > free:
-            if max_packs is not None and len(packs) == max_packs:
-                break  # nothing more is tokenised
-            packs.append([])
-            free = size
-        packs[-1].append(len(documents))
-        documents.append(document)
+def next_fit(pieces: Iterable[Piece], size: int) -> Iterator[list[int]]:
+    """Fill one pack after the other, in order."""
+    pack: list[int] = []
+    free = size
+    for number, length in pieces:
+        if length > free:
+            yield pack
+            pack, free = [], size
+        pack.append(number)
         free -= length
-    return packs
+    if pack:
+        yield pack
 
 
-def _longest_first(
-    stream: Iterator[tuple[np.ndarray, np.ndarray]],
-    documents: list[tuple[np.ndarray, np.ndarray]],
-    size: int,
-    max_packs: int | None,
-) -> list[list[int]]:
-    documents.extend(stream)
-    by_length: dict[int, list[int]] = {}
-    for number in reversed(range(len(documents))):
-        by_length.setdefault(len(documents[number][0]), []).append(number)
-    lengths = sorted(by_length)
-    packs = []
-    while lengths:
+def best_fit(pieces: Iterable[Piece], size: int, look_ahead: int) -> Iterator[list[int]]:
+    """Fill each pack with its oldest document and then with whatever leaves the least room."""
+    pool, source = _Pool(), iter(pieces)
+
+    def look() -> None:
+        while len(pool) < look_ahead and (piece := next(source, None)) is not None:
+            pool.add(*piece)
+
+    look()
+    while len(pool):
+        number, length = pool.take_oldest()
+        pack, free = [number], size - length
+        look()
+        while (found := pool.take_longest(free)) is not None:
+            pack.append(found[0])
+            free -= found[1]
+            look()
+        yield pack
+
+
+def longest_first(pieces: Iterable[Piece], size: int) -> Iterator[list[int]]:
+    """Fill each pack with the longest documents of all that still fit."""
+    pool, packs, place = _Pool(), [], {}
+    for at, (number, length) in enumerate(pieces):
+        place[number] = at
+        pool.add(number, length)
+    while len(pool):
         pack, free = [], size
-        while (at := bisect_right(lengths, free) - 1) >= 0:
-            length = lengths[at]
-            pack.append(by_length[length].pop())
-            free -= length
-            if not by_length[length]:
-                del lengths[at]
-        packs.append(sorted(pack))
-    return sorted(packs)[:max_packs]
+        while (found := pool.take_longest(free)) is not None:
+            pack.append(found[0])
+            free -= found[1]
+        packs.append(sorted(pack, key=place.__getitem__))
+    yield from sorted(packs, key=lambda pack: place[pack[0]])
+
+
+class _Pool:
+    """Documents by age and by length."""
+
+    def __init__(self) -> None:
+        self._by_age: deque[Piece] = deque()
+        self._by_length: dict[int, deque[int]] = {}
+        self._lengths: list[int] = []
+        self._taken: set[int] = set()
+        """Documents that are gone from ``_by_length`` but not yet from ``_by_age``."""
+        self._num = 0
+
+    def __len__(self) -> int:
+        return self._num
+
+    def add(self, number: int, length: int) -> None:
+        self._num += 1
+        self._by_age.append((number, length))
+        if length not in self._by_length:
+            self._by_length[length] = deque()
+            insort(self._lengths, length)
+        self._by_length[length].append(number)
+
+    def take_oldest(self) -> Piece:
+        while self._by_age[0][0] in self._taken:
+            self._taken.remove(self._by_age.popleft()[0])
+        number, length = self._by_age.popleft()
+        self._take(length)  # it is the oldest of its length too
+        return number, length
+
+    def take_longest(self, free: int) -> Piece | None:
+        """Take the longest document of at most ``free`` tokens, the oldest of equals; None where there is none."""
+        at = bisect_right(self._lengths, free) - 1
+        if at < 0:
+            return None
+        length = self._lengths[at]
+        number = self._take(length)
+        self._taken.add(number)
+        return number, length
+
+    def _take(self, length: int) -> int:
+        numbers = self._by_length[length]
+        number = numbers.popleft()
+        self._num -= 1
+        if not numbers:
+            del self._by_length[length]
+            del self._lengths[bisect_right(self._lengths, length) - 1]
+        return number

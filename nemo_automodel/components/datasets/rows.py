@@ -10,6 +10,7 @@ before a run begins.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import mmap
 from abc import ABC, abstractmethod
@@ -19,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
 
 from nemo_automodel.shared.errors import UserError, did_you_mean
 
@@ -41,6 +44,10 @@ class Source(ABC):
     @abstractmethod
     def where(self, index: int) -> str:
         """Name the place of row ``index`` as a person would look it up."""
+
+    def content_key(self) -> str | None:
+        """Return a text that changes whenever a row does; None where that cannot be known."""
+        return None
 
     def columns(self, indices: Sequence[int]) -> list[str]:
         """Return the columns of the rows ``indices``, after reading whatever must be read to know them."""
@@ -88,6 +95,10 @@ class JsonLinesSource(Source):
         """Return file and line."""
         return f"{self.path} line {self._line_numbers[index]}"
 
+    def content_key(self) -> str:
+        """Return the digest of the file's bytes."""
+        return hashlib.blake2b(self._open(), digest_size=16).hexdigest()
+
 
 class ListSource(Source):
     """Rows that are already in memory."""
@@ -102,6 +113,13 @@ class ListSource(Source):
         """Return the row itself."""
         return self._rows[index]
 
+    def content_key(self) -> str | None:
+        """Return the digest of the rows as JSON; None where they hold something else."""
+        try:
+            return hashlib.blake2b(json.dumps(self._rows).encode(), digest_size=16).hexdigest()
+        except (TypeError, ValueError):
+            return None
+
     def where(self, index: int) -> str:
         """Return label and row number, counted from 1."""
         return f"{self._label} row {index + 1}"
@@ -115,6 +133,10 @@ class TableSource(Source):
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def content_key(self) -> str:
+        """Return the table's own fingerprint."""
+        return str(self._table._fingerprint)
 
     def read(self, index: int) -> Row:
         """Convert one row to Python values."""
@@ -153,6 +175,11 @@ class JoinedSource(Source):
         """Return the place as the part names it."""
         number, inner = self._find(index)
         return self._parts[number].where(inner)
+
+    def content_key(self) -> str | None:
+        """Return the keys of the parts, with their lengths."""
+        keys = [part.content_key() for part in self._parts]
+        return None if None in keys else json.dumps([keys, self._starts])
 
     def columns(self, indices: Sequence[int]) -> list[str]:
         """Ask each part for the rows of it."""
@@ -203,6 +230,14 @@ class Rows(Sequence[Row]):
     def where(self, index: int) -> str:
         """Name the place of row ``index``: file and line, or data set and row."""
         return self._source.where(self._indices[index])
+
+    def content_key(self) -> str | None:
+        """Return a text that changes whenever a row or the selection does; None where that cannot be known."""
+        source = self._source.content_key()
+        if source is None:
+            return None
+        indices = np.asarray(self._indices, dtype="<i8")
+        return f"{source} {hashlib.blake2b(indices.tobytes(), digest_size=16).hexdigest()}"
 
     def require_columns(self, *names: str) -> None:
         """Refuse rows that lack a column.
@@ -295,6 +330,16 @@ def read_csv_file(path: Path) -> Source:
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num}: not valid CSV: {error}.") from None
     return ListSource(rows, str(path))
+
+
+def from_json_text(value: Any) -> Any:
+    """Return the list or object that a text spells out, as CSV files have to; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value  # whoever wants a list or an object says so, and names the row
 
 
 def describe(value: object) -> str:

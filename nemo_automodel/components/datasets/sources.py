@@ -15,7 +15,6 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from nemo_automodel.components.datasets.rows import (
     read_csv_file,
     read_json_file,
 )
+from nemo_automodel.components.datasets.streamed_rows import NUM_FIRST_ROWS, SplitPart, stream_hub_rows
 from nemo_automodel.shared.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -60,25 +60,6 @@ _SPLIT_PART = re.compile(r"\s*([\w.-]+)\s*(?:\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
-class SplitPart(NamedTuple):
-    """One term of a split expression: ``train[64:10%]`` is ``("train", "64", "10%")``."""
-
-    name: str
-    start: str | None
-    stop: str | None
-
-    def bounds(self, num_rows: int) -> tuple[int, int]:
-        """Return first and end row; percentages are rounded to the nearest row, negative bounds count from the end."""
-
-        def resolve(bound: str | None, default: int) -> int:
-            if bound is None:
-                return default
-            value = round(num_rows * int(bound[:-1]) / 100) if bound.endswith("%") else int(bound)
-            return min(max(value + num_rows if value < 0 else value, 0), num_rows)
-
-        return resolve(self.start, 0), resolve(self.stop, num_rows)
-
-
 def parse_split(split: str) -> list[SplitPart]:
     """Parse ``train``, ``train[:10%]``, ``train[64:]+test``.
 
@@ -105,6 +86,8 @@ def load_rows(
     *,
     shuffle_seed: int | None = None,
     skip_invalid: bool = False,
+    revision: str | None = None,
+    streaming: bool = False,
 ) -> Rows:
     """Load the rows of a split of a local file, directory or glob, or of a Hub data set.
 
@@ -116,6 +99,8 @@ def load_rows(
         shuffle_seed: shuffle each whole split before it is sliced, so that ``train[:128]`` and ``train[128:]`` of one
             seed stay disjoint.
         skip_invalid: leave malformed JSON lines out, with a count, instead of refusing them.
+        revision: branch, tag or commit of a Hub data set.
+        streaming: read only the first rows now; those of a Hub data set come as ``StreamedRows``, over the network.
 
     Raises:
         UserError: nothing there, no such split, unreadable, or empty; the message says which and what to do.
@@ -123,7 +108,14 @@ def load_rows(
     if limit is not None and limit < 1:
         raise UserError(f"The limit of rows is {limit}, but it must be at least 1. Leave it out to take all rows.")
     parts = parse_split(split) if split is not None else [SplitPart("", None, None)]
-    sources = _find_sources(str(path_or_name), [part.name for part in parts], name)
+    if streaming and not _is_local(str(path_or_name)):
+        if shuffle_seed is not None:
+            raise UserError(
+                "`dataset.shuffle_seed` shuffles a whole split, which a stream does not know. Remove it: "
+                "`dataloader.shuffle` shuffles `dataloader.shuffle_buffer_size` rows of a stream at a time."
+            )
+        return stream_hub_rows(str(path_or_name), parts, name, limit, revision)
+    sources = _find_sources(str(path_or_name), [part.name for part in parts], name, revision)
     chosen = []
     for part, source in zip(parts, sources, strict=True):
         order = np.arange(len(source))
@@ -143,6 +135,8 @@ def load_rows(
         raise UserError(
             f"`{path_or_name}`, split `{split}`, selects no row: {', '.join(sizes)}. Choose a larger slice."
         )
+    if streaming:
+        return Rows(joined, indices.tolist(), joined.columns(indices[:NUM_FIRST_ROWS].tolist()))
     return _checked(joined, indices.tolist(), skip_invalid)
 
 
@@ -166,8 +160,15 @@ def _is_readable(source: Source, index: int) -> bool:
     return True
 
 
-def _find_sources(given: str, split_names: list[str], name: str | None) -> list[Source]:
+def _is_local(given: str) -> bool:
     path = Path(given).expanduser()
+    return path.exists() or glob.has_magic(given) or _looks_like_path(given)
+
+
+def _find_sources(given: str, split_names: list[str], name: str | None, revision: str | None) -> list[Source]:
+    path = Path(given).expanduser()
+    if revision is not None and _is_local(given):
+        raise UserError(f"`revision: {revision}` is for Hub data sets, but `{given}` is a path. Remove it.")
     if path.is_dir():
         splits = _directory_splits(_subdirectory(path, name), given)
         return [_open(_pick(splits, wanted, given)) for wanted in split_names]
@@ -180,7 +181,7 @@ def _find_sources(given: str, split_names: list[str], name: str | None) -> list[
         return [_open(_pick_file(files, root, wanted, given)) for wanted in split_names]
     if _looks_like_path(given):
         raise UserError(_missing_path(path, given))
-    return [TableSource(table, given) for table in load_hub_splits(given, split_names, name)]
+    return [TableSource(table, given) for table in load_hub_splits(given, split_names, name, revision)]
 
 
 def _glob_files(pattern: str) -> tuple[list[Path], Path]:

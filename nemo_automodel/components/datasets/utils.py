@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from nemo_automodel.components.datasets.llm.formatting import PAD_TOKEN_IDS, Sample
@@ -65,8 +66,9 @@ def packed_sequence_thd_collater(batch: Sequence[Sample]) -> dict[str, Any]:
     """Stack packed rows.
 
     Returns:
-        int64 ``input_ids``, ``labels``, ``position_ids`` ``[B, S]``; ``seq_lens`` and ``seq_lens_padded`` ``[B, D]``,
-        filled with -1000 up to the row with most documents; ``qkv_format`` is the text ``thd``.
+        int64 ``input_ids``, ``labels``, ``position_ids`` ``[B, S]``, and ``branch_ids`` where a row shares prefixes;
+        ``seq_lens`` and ``seq_lens_padded`` ``[B, D]``, filled with -1000 up to the row with most documents;
+        ``qkv_format`` is the text ``thd``.
 
     Raises:
         UserError: the samples are not packed rows of one length.
@@ -81,8 +83,13 @@ def packed_sequence_thd_collater(batch: Sequence[Sample]) -> dict[str, Any]:
     if len(sizes) > 1:
         raise UserError(f"Packed rows must have one length, but a batch holds {', '.join(map(str, sorted(sizes)))}.")
     collated: dict[str, Any] = {
-        key: torch.tensor([sample[key] for sample in batch]) for key in ("input_ids", "labels", "position_ids")
+        # through NumPy, which reads lists of numbers several times faster
+        key: torch.from_numpy(np.array([sample[key] for sample in batch], dtype=np.int64))
+        for key in ("input_ids", "labels", "position_ids")
     }
+    if any("branch_ids" in sample for sample in batch):
+        no_branches = [0] * sizes.pop()
+        collated["branch_ids"] = torch.tensor([sample.get("branch_ids", no_branches) for sample in batch])
     for key in ("seq_lens", "seq_lens_padded"):
         most = max(len(sample[key]) for sample in batch)
         collated[key] = torch.tensor([sample[key] + [SEQ_LENS_PADDING] * (most - len(sample[key])) for sample in batch])

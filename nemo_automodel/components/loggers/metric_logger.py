@@ -1,14 +1,16 @@
 """The run's own record: one JSON object a line, safe on disk as soon as it is logged.
 
 A file of lines survives what a training run meets. Every record goes to the operating system in the call that logs it,
-so a killed process loses nothing it has finished; a record cut short by a full disk or a power failure is only ever the
-last line, and the next writer removes it. A run that goes on from a checkpoint first drops the records of the steps it
-is about to repeat, so that a step appears once. The price is one small write a record.
+so a killed process loses nothing it has finished; a record cut short by a power failure is only ever the last line, and
+the next writer removes it. A disk that is full for a while does not end a run: records wait in memory, which is said
+once, and closing the file is the last attempt. A run that goes on from a checkpoint first drops the records of the
+steps it is about to repeat, so that a step appears once. The price is one small write a record.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -21,6 +23,8 @@ from typing import Any
 from nemo_automodel.shared.errors import UserError
 
 TRAINING_FILE = "training.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 def validation_file(name: str) -> str:
@@ -73,16 +77,32 @@ class MetricLogger:
             _drop_torn_tail(self.path)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
+        self._waiting = b""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append ``record`` as one line; numbers that are not finite become ``null``: JSON has no word for them."""
         values = {key: _finite_or_none(value) for key, value in record.items()}
-        rest = memoryview(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        was_waiting = bool(self._waiting)
+        self._waiting += json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        error = self._write_waiting()
+        if error is not None and not was_waiting:
+            logger.error("%s The run goes on; its records wait until there is room.", _cannot_write(self.path, error))
+        elif error is None and was_waiting:
+            logger.info("The log `%s` can be written again; nothing is missing.", self.path)
+
+    def _write_waiting(self) -> OSError | None:
+        """Write what waits, and return what stopped it."""
         try:
-            while rest:  # a raw write may take only a part
-                rest = rest[self._file.write(rest) :]
+            while self._waiting:  # a raw write may take only a part
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            return error
+        return None
+
+    def sync(self) -> None:
+        """Bring all records to the disk, as far as there is room."""
+        if self._write_waiting() is None:
+            os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of steps later than ``step``; the file is replaced in one move, never half written."""
@@ -97,8 +117,15 @@ class MetricLogger:
             raise _cannot_write(self.path, error) from error
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        """Close the file; a second call does nothing.
+
+        Raises:
+            UserError: records are still waiting, and there is no room for them.
+        """
+        error = None if self._file.closed else self._write_waiting()
         self._file.close()
+        if error is not None:
+            raise _cannot_write(self.path, error) from error
 
     def __enter__(self) -> MetricLogger:
         return self

@@ -18,6 +18,7 @@ from nemo_automodel.components.loggers.metric_logger import (
     validation_file,
 )
 from nemo_automodel.components.loggers.trackers import MLflowTracker, TensorBoardTracker, Tracker, WandbTracker
+from nemo_automodel.shared.errors import UserError
 
 if TYPE_CHECKING:
     from nemo_automodel.shared.types import StepMetrics
@@ -115,15 +116,32 @@ class RunLoggers:
         logger.info(val_line(name, step, epoch, loss, lr, num_label_tokens))
         self._track({"val_loss" if name == "default" else f"val_loss/{name}": loss}, step)
 
+    def sync(self) -> None:
+        """Bring all records to the disk; a checkpoint is of no use without the records of its steps."""
+        for file in self._files.values():
+            file.sync()
+
     def close(self, succeeded: bool = True) -> None:
-        """Take the bar down, close the files and end the trackers' runs; a second call does nothing."""
+        """Take the bar down, close the files and end the trackers' runs; a second call does nothing.
+
+        Raises:
+            UserError: the run succeeded, but its last records could not be written.
+        """
         if self._bar is not None:
             self._bar.close()
+        failures = []
         for file in self._files.values():
-            file.close()
+            try:
+                file.close()
+            except UserError as error:
+                failures.append(error)
         trackers, self._trackers = self._trackers, []
         for tracker in trackers:
             tracker.close(succeeded)
+        if failures and succeeded:
+            raise failures[0]
+        for failure in failures:
+            logger.error("%s", failure)
 
     def __enter__(self) -> RunLoggers:
         return self

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from nemo_automodel.shared.errors import ConfigError
+from nemo_automodel.shared.errors import ConfigError, did_you_mean
+
+_STOP_SIGNALS: tuple[str | int, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")
+_ON_NONFINITE = ("stop", "skip", "rollback")
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class StepSchedulerConfig:
     """Rows of one optimizer step."""
     local_batch_size: int = 1
     """Rows of one micro-batch on one device."""
+    local_batch_tokens: int | None = None
+    """Instead of ``local_batch_size``: rows times longest row of one micro-batch, padding included."""
     num_epochs: int | None = 10
     """Passes over the data; ``null`` derives it from ``max_steps``."""
     max_steps: int | None = None
@@ -31,17 +36,18 @@ class StepSchedulerConfig:
     """Collect Python garbage every N steps instead of whenever Python likes."""
     start_step: int = 0
     start_epoch: int = 0
-    preemption_signal: str | int | list[str | int] | None = "SIGTERM"
-    """Signal names or numbers that mean: save a checkpoint and stop."""
+    preemption_signal: str | int | list[str | int] | None = field(default_factory=lambda: list(_STOP_SIGNALS))
+    """Signal names or numbers that mean: save a checkpoint and stop. SIGINT is Ctrl-C; a second one stops at once."""
 
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "local_batch_size", "log_remote_every_steps", "loss_average_window_steps"):
             _require_positive(key, getattr(self, key))
-        for key in ("num_epochs", "max_steps", "ckpt_every_steps", "val_every_steps", "gc_every_steps"):
+        optional = ("num_epochs", "max_steps", "ckpt_every_steps", "val_every_steps", "gc_every_steps")
+        for key in (*optional, "local_batch_tokens"):
             value = getattr(self, key)
             if value is not None:
                 _require_positive(key, value)
-        if self.global_batch_size % self.local_batch_size:
+        if self.local_batch_tokens is None and self.global_batch_size % self.local_batch_size:
             multiple = self.local_batch_size
             near = max(multiple, round(self.global_batch_size / multiple) * multiple)
             raise ConfigError(
@@ -49,6 +55,21 @@ class StepSchedulerConfig:
                 f"`step_scheduler.local_batch_size` = {multiple}. Set it to {near}, or change `local_batch_size`."
             )
         self.preemption_signals()
+
+    def num_step_rows(self, dp_size: int) -> int:
+        """Return how many rows of a global batch one of ``dp_size`` processes takes.
+
+        Raises:
+            ConfigError: the rows cannot be shared out evenly.
+        """
+        if self.global_batch_size % dp_size:
+            below = self.global_batch_size // dp_size * dp_size
+            remedy = " or ".join(str(size) for size in (below, below + dp_size) if size)
+            raise ConfigError(
+                f"`step_scheduler.global_batch_size` is {self.global_batch_size}, but it must be a multiple of the "
+                f"data-parallel size {dp_size}. Set it to {remedy}, or change the number of devices."
+            )
+        return self.global_batch_size // dp_size
 
     def preemption_signals(self) -> list[signal.Signals]:
         """Return the signals that stop the run after a checkpoint.
@@ -72,3 +93,36 @@ class StepSchedulerConfig:
 def _require_positive(key: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"`step_scheduler.{key}` is {value}, but it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class LossGuardConfig:
+    """The ``loss_guard:`` section: what happens to a step whose numbers are sick."""
+
+    on_nonfinite: str = "stop"
+    """A step whose loss or gradient is not finite is never applied. ``stop`` ends the run there, ``skip`` leaves the
+    step out, ``rollback`` also takes weights and optimizer back to the last checkpoint; the data goes on after it."""
+    max_nonfinite: int = 10
+    """More such steps than this in a run end it, whatever ``on_nonfinite`` says."""
+    spike_threshold: float | None = 6.0
+    """A loss so many robust standard deviations above the median of the last 50 is a spike; ``null``: no search."""
+    dump_spikes: bool = False
+    """Write spikes to ``debug/`` as well, so that ``automodel replay`` can redo them."""
+    max_dumps: int = 3
+    """Most steps that one session writes to ``debug/``; each takes the size of the trained weights."""
+
+    def __post_init__(self) -> None:
+        if self.on_nonfinite not in _ON_NONFINITE:
+            raise ConfigError(
+                f"`loss_guard.on_nonfinite: {self.on_nonfinite}` is not known."
+                f"{did_you_mean(self.on_nonfinite, _ON_NONFINITE)} Use {', '.join(_ON_NONFINITE)}."
+            )
+        for key in ("max_nonfinite", "max_dumps"):
+            value = getattr(self, key)
+            if value < 0:
+                raise ConfigError(f"`loss_guard.{key}` is {value}, but it cannot be negative. Use 0 or more.")
+        if self.spike_threshold is not None and self.spike_threshold <= 0:
+            raise ConfigError(
+                f"`loss_guard.spike_threshold` is {self.spike_threshold:g}, but it must be positive. Use 6, or null "
+                "for no search."
+            )

@@ -12,7 +12,8 @@ from nemo_automodel._transformers import auto_model
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config._arg_parser import parse_args_and_load_config, run_safely
 from nemo_automodel.recipes.base_recipe import BaseRecipe
-from nemo_automodel.recipes.llm.text_data import TextData
+from nemo_automodel.recipes.data_check import DataCheck, limits_of
+from nemo_automodel.recipes.llm.text_data import TextData, model_path_of
 from nemo_automodel.shared.errors import UserError
 
 
@@ -24,19 +25,24 @@ class TrainFinetuneRecipeForNextTokenPrediction(BaseRecipe):
         return self._model_path() or str(self.settings.model.get("_target_"))
 
     def _model_path(self) -> str | None:
-        model = self.settings.model
-        for key in ("pretrained_model_name_or_path", "config.pretrained_model_name_or_path", "config"):
-            if isinstance(model.get(key), str):
-                return str(model.get(key))
-        return None
+        return model_path_of(self.settings.model)
 
     def build_data(self) -> None:
         """Set the tokenizer, the training loader and the validation loaders."""
         data = TextData(self.settings, self.mesh, self._model_path())
         data.check_names()
         self.tokenizer = data.build_tokenizer()
-        self.train_loader = data.build_train_loader(self.tokenizer)
+        train_loader = self.train_loader = data.build_train_loader(self.tokenizer)
         self.val_loaders = data.build_val_loaders(self.tokenizer)
+        if self.settings.data_check is not None:
+            self.data_check = DataCheck(
+                self.settings.data_check,
+                train_loader,
+                data.train_source,
+                self.tokenizer,
+                self.settings.seed,
+                limits_of(self.settings.model, self._model_path()),
+            )
 
     def build_model(self) -> None:
         """Load or make the model, with its adapter where there is one."""
@@ -44,6 +50,7 @@ class TrainFinetuneRecipeForNextTokenPrediction(BaseRecipe):
         wishes = self._wishes(peft)
         target = targets.resolve(self.settings.model.get("_target_"), "model._target_")
         if target.__module__ == auto_model.__name__:
+            wishes["autocast_dtype"] = self.settings.distributed.autocast_dtype
             self.model = self.settings.model.instantiate(device=self.device, **wishes)
         else:
             if wishes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,9 +20,11 @@ from nemo_automodel.components.datasets.llm.chat_formatting import (
     Message,
     use_chat_template,
 )
-from nemo_automodel.components.datasets.llm.formatting import Encoded, Layout, eos_token_id
-from nemo_automodel.components.datasets.llm.tokenized_rows import TokenizedRows
-from nemo_automodel.components.datasets.rows import Row, describe
+from nemo_automodel.components.datasets.llm.formatting import Encoded, Layout
+from nemo_automodel.components.datasets.llm.sample_stream import Streamable
+from nemo_automodel.components.datasets.llm.tokenized_rows import Encoder, TokenizedRows
+from nemo_automodel.components.datasets.llm.tool_calls import ToolReader, as_tool_call
+from nemo_automodel.components.datasets.rows import Row, Rows, describe
 from nemo_automodel.components.datasets.sources import load_rows
 from nemo_automodel.shared.errors import UserError, did_you_mean
 
@@ -46,7 +48,50 @@ _ROLES = {
 }
 
 
-class ChatDataset(TokenizedRows[Conversation]):
+class ConversationRows(TokenizedRows[Conversation]):
+    """Samples from conversations, of which rows that cannot be used may be skipped.
+
+    With ``skips_invalid`` such a row stays in place and teaches nothing, with a warning, instead of ending the run.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        to_item: Callable[[Row, str], Conversation],
+        encoder: Encoder[Conversation],
+        layout: Layout,
+        skips_invalid: bool = False,
+    ) -> None:
+        self.skips_invalid = skips_invalid
+        self._skipped: set[str] = set()
+        super().__init__(rows, to_item, encoder, layout)
+
+    @property
+    def num_skipped_rows(self) -> int:
+        """Rows skipped so far."""
+        return len(self._skipped)
+
+    def _encode(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:
+        if not self.skips_invalid:
+            return super()._encode(indices)
+        try:
+            return super()._encode(indices)
+        except UserError:
+            return [self._encode_or_skip(index) for index in indices]
+
+    def _encode_or_skip(self, index: int) -> tuple[int, Encoded]:
+        """Return the row, or two padding tokens without a label where the row cannot be used."""
+        try:
+            return super()._encode([index])[0]
+        except UserError as error:
+            where = self.rows.where(index)
+            if where not in self._skipped:  # a row comes up again in every epoch
+                self._skipped.add(where)
+                logger.warning("Skipped (%d so far): %s", self.num_skipped_rows, error)
+            return index, Encoded([self.layout.pad_id, self.layout.pad_id], [])
+
+
+class ChatDataset(Streamable, ConversationRows):
     """Samples from conversations; which turns are learned is told in ``chat_formatting``."""
 
     def __init__(
@@ -66,6 +111,7 @@ class ChatDataset(TokenizedRows[Conversation]):
         mask_history: bool = False,
         unshifted: bool = False,
         skip_invalid_samples: bool = False,
+        streaming: bool = False,
     ) -> None:
         """Load the rows; nothing is rendered yet.
 
@@ -77,6 +123,7 @@ class ChatDataset(TokenizedRows[Conversation]):
         * ``unshifted``: leave each label on its own token, for losses that do not predict the next token.
         * ``skip_invalid_samples``: a row that cannot be used is left out (malformed lines) or teaches nothing (anything
           found later), with a warning, instead of ending the run.
+        * ``streaming``: a stream, see ``sample_stream``.
 
         Raises:
             UserError: unreadable data, no conversation column, or no chat template.
@@ -91,32 +138,20 @@ class ChatDataset(TokenizedRows[Conversation]):
             logger.warning("`dataset.start_of_turn_token` has no effect: the template's own rendering decides.")
         if unshifted:
             logger.warning("`dataset.unshifted: true`: labels are not shifted, which next-token recipes do not expect.")
-        rows = load_rows(path_or_dataset_id, split, name, shuffle_seed=shuffle_seed, skip_invalid=skip_invalid_samples)
+        rows = load_rows(
+            path_or_dataset_id,
+            split,
+            name,
+            shuffle_seed=shuffle_seed,
+            skip_invalid=skip_invalid_samples,
+            streaming=streaming,
+        )
         if "conversations" not in rows.column_names:
             rows.require_columns("messages")
-        self._eos_id = eos_token_id(tokenizer)
-        self._skip_invalid = skip_invalid_samples
-        self.num_skipped_rows = 0
         encoder = ChatEncoder(tokenizer, template, mask_history=mask_history, mask_reasoning=mask_reasoning_content)
         layout = Layout.of(tokenizer, seq_length, padding, truncation, shifted=not unshifted)
-        super().__init__(rows, conversation, encoder, layout)
-
-    def _encode(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:
-        if not self._skip_invalid:
-            return super()._encode(indices)
-        try:
-            return super()._encode(indices)
-        except UserError:
-            return [self._encode_or_skip(index) for index in indices]
-
-    def _encode_or_skip(self, index: int) -> tuple[int, Encoded]:
-        """Return the row, or two end-of-sequence tokens without a label where the row cannot be used."""
-        try:
-            return super()._encode([index])[0]
-        except UserError as error:
-            self.num_skipped_rows += 1
-            logger.warning("Skipped (%d so far): %s", self.num_skipped_rows, error)
-            return index, Encoded([self._eos_id, self._eos_id], [])
+        reader = ToolReader(conversation, tokenizer, template)
+        super().__init__(rows, reader, encoder, layout, skip_invalid_samples)
 
 
 def conversation(row: Row, where: str) -> Conversation:
@@ -133,10 +168,30 @@ def conversation(row: Row, where: str) -> Conversation:
     if not isinstance(given, list) or not given:
         raise UserError(f"{where}: the conversation is {describe(given)}, but it must be a list of messages.")
     messages = [_message(message, where, number) for number, message in enumerate(given, start=1)]
+    _check_answers(messages, where)
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return Conversation(messages, _tools(row.get("tools"), where))
+
+
+def _check_answers(messages: Sequence[Message], where: str) -> None:
+    """Refuse an answer that is empty, and a call whose result the conversation goes on without."""
+    for number, message in enumerate(messages, start=1):
+        if message["role"] != "assistant" or message.get("train") is False:
+            continue
+        calls = message.get("tool_calls")
+        if not calls and not message["content"].strip() and not message.get("reasoning_content"):
+            raise UserError(
+                f"{where}: message {number}, an answer of the assistant, is empty, so only its end would be learned. "
+                "Fill it, remove it, or set `train: false` in it."
+            )
+        following = messages[number]["role"] if number < len(messages) else "tool"
+        if calls and following not in ("tool", "ipython"):
+            raise UserError(
+                f"{where}: message {number} calls a tool, but message {number + 1} is from `{following}` and no result "
+                "comes between them. Add a message with the role `tool`, or cut the conversation after the call."
+            )
 
 
 def _message(given: Any, where: str, number: int) -> Message:
@@ -150,13 +205,16 @@ def _message(given: Any, where: str, number: int) -> Message:
             f"{did_you_mean(str(given.get(role_key)), _ROLES)} Known: {', '.join(_ROLES)}."
         )
     message = {key: _without_nulls(value) for key, value in given.items() if value is not None}
+    if message.get("tool_calls") == []:
+        del message["tool_calls"]
     content = message.pop(content_key, None)
     message.pop(role_key, None)
     if role == "function_call":
-        call = _parse(content, f"message {number}", where) if isinstance(content, str) else content
-        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+        calls = _parse(content, f"message {number}", where) if isinstance(content, str) else content
+        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+        role, content = "assistant", None
     if "tool_calls" in message:
-        message["tool_calls"] = [_tool_call(call, where, number) for call in message["tool_calls"]]
+        message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}: message {number}")
     return {"role": role, "content": _content(content, where, number, "tool_calls" in message), **message}
 
 
@@ -176,13 +234,11 @@ def _content(content: Any, where: str, number: int, has_tool_calls: bool) -> str
     return content
 
 
-def _tool_call(call: Any, where: str, number: int) -> Any:
-    """Turn OpenAI's JSON text of arguments into the object that templates write as JSON themselves."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-        arguments = _parse(function["arguments"], f"arguments of message {number}", where)
-        return {**call, "function": {**function, "arguments": arguments}}
-    return call
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Turn OpenAI's JSON text of arguments into the objects that templates write as JSON themselves."""
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: `tool_calls` is {describe(calls)}, but it must be a list of calls, or left out.")
+    return [as_tool_call(call, where) for call in calls]
 
 
 def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:

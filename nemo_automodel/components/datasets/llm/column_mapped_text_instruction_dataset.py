@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from nemo_automodel.components.datasets.llm.chat_formatting import ChatEncoder, Conversation, use_chat_template
 from nemo_automodel.components.datasets.llm.formatting import Layout, PromptAnswer, PromptAnswerEncoder
+from nemo_automodel.components.datasets.llm.sample_stream import Streamable
 from nemo_automodel.components.datasets.llm.tokenized_rows import Encoder, TokenizedRows
 from nemo_automodel.components.datasets.rows import Row, describe
 from nemo_automodel.components.datasets.sources import load_rows
@@ -17,7 +19,7 @@ from nemo_automodel.shared.errors import UserError, did_you_mean
 _KEYS = ("context", "question", "answer")
 
 
-class ColumnMappedTextInstructionDataset(TokenizedRows[Any]):
+class ColumnMappedTextInstructionDataset(Streamable, TokenizedRows[Any]):
     """Samples from the columns named in ``column_mapping``.
 
     The prompt is context and question, where they are there and not empty, with a space after each. Numbers become
@@ -37,6 +39,8 @@ class ColumnMappedTextInstructionDataset(TokenizedRows[Any]):
         truncation: bool | str = "do_not_truncate",
         limit_dataset_samples: int | None = None,
         use_hf_chat_template: bool = False,
+        streaming: bool = False,
+        repeat_on_exhaustion: bool | None = None,
     ) -> None:
         """Load the rows; nothing is tokenised yet.
 
@@ -44,12 +48,18 @@ class ColumnMappedTextInstructionDataset(TokenizedRows[Any]):
         * ``column_mapping``: ``answer`` and at least one of ``context`` and ``question`` → column of the data.
         * ``answer_only_loss_mask``: false learns the prompt too.
         * ``use_hf_chat_template``: render with the tokenizer's chat template, the prompt as the user's turn.
+        * ``streaming``: a stream, see ``sample_stream``.
+        * ``repeat_on_exhaustion``: the stream begins again after its last row, so that ``max_steps`` decides; by
+          default the iterable form does, and ``streaming: true`` does not.
 
         Raises:
             UserError: unreadable data, a bad mapping, a missing column, or no chat template where one is asked for.
         """
         mapping = _checked_mapping(column_mapping)
-        rows = load_rows(path_or_dataset_id, split, name, limit_dataset_samples)
+        if repeat_on_exhaustion and not streaming:
+            raise UserError("`dataset.repeat_on_exhaustion: true` is for streams. Set `dataset.streaming: true`.")
+        self.repeats = self.always_streams if repeat_on_exhaustion is None else repeat_on_exhaustion
+        rows = load_rows(path_or_dataset_id, split, name, limit_dataset_samples, streaming=streaming)
         rows.require_columns(*mapping.values())
         layout = Layout.of(tokenizer, seq_length, padding, truncation)
         encoder: Encoder[Any]
@@ -61,10 +71,10 @@ class ColumnMappedTextInstructionDataset(TokenizedRows[Any]):
                     "Set it to false, or use an instruction-tuned model's tokenizer."
                 )
             encoder = ChatEncoder(tokenizer, template, answer_only=answer_only_loss_mask)
-            super().__init__(rows, lambda row, where: _conversation(row, where, mapping), encoder, layout)
+            super().__init__(rows, partial(_conversation, mapping=mapping), encoder, layout)
         else:
             encoder = PromptAnswerEncoder(tokenizer, answer_only=answer_only_loss_mask)
-            super().__init__(rows, lambda row, where: _prompt_answer(row, where, mapping), encoder, layout)
+            super().__init__(rows, partial(_prompt_answer, mapping=mapping), encoder, layout)
 
 
 def _checked_mapping(mapping: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nemo_automodel.shared.errors import UserError, did_you_mean
 from nemo_automodel.shared.types import IGNORE_INDEX
@@ -29,6 +31,7 @@ PAD_TOKEN_IDS = "___PAD_TOKEN_IDS___"
 
 Sample = dict[str, Any]
 
+_FP8_MULTIPLE = 16
 _PADDING = {False: None, None: None, "do_not_pad": None, True: "longest", "longest": "longest", "max_length": "max"}
 _TRUNCATION = {
     False: False,
@@ -120,12 +123,10 @@ class PromptAnswerEncoder:
                     f"{place}: the answer is empty, so there is nothing to learn. Fill it or remove the row."
                 )
         texts = [item.prompt + item.answer for item in items]
-        batch = self._tokenizer(
-            texts, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
+        encodings = tokenize(self._tokenizer, texts, add_special_tokens=True)
         return [
-            self._encoded(batch["input_ids"][i], first_token_of(batch, i, len(item.prompt), len(texts[i])))
-            for i, item in enumerate(items)
+            self._encoded(encoding.ids, first_token_of(encoding, len(item.prompt), len(text)))
+            for item, text, encoding in zip(items, texts, encodings, strict=True)
         ]
 
     def _encoded(self, ids: list[int], border: int) -> Encoded:
@@ -137,16 +138,40 @@ class PromptAnswerEncoder:
         return Encoded(ids, [(border if self._answer_only else 0, len(ids))])
 
 
-def first_token_of(batch: Any, row: int, start: int, end: int) -> int:
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
+    """Tokenise texts, neither cut nor padded; each result has ``ids`` and knows which characters a token covers.
+
+    The library's own call does the same and then turns every token into Python objects several times, which takes half
+    as long again as the tokenising. So it is called for one text, which sets the tokenizer up, and the rest goes to the
+    core directly, except where the tokenizer's class has an encoding of its own.
+    """
+    if not texts:
+        return []
+    options: dict[str, Any] = {
+        "add_special_tokens": add_special_tokens,
+        "return_attention_mask": False,
+        "return_token_type_ids": False,
+        "verbose": False,
+    }
+    is_plain = type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
+    batch = tokenizer(texts[:1] if is_plain else texts, **options)
+    if not is_plain:
+        return list(batch.encodings or [])
+    core: Any = tokenizer.backend_tokenizer
+    encodings: list[Encoding] = core.encode_batch(texts, add_special_tokens=add_special_tokens)
+    return encodings
+
+
+def first_token_of(encoding: Encoding, start: int, end: int) -> int:
     """Return the index of the first token that covers a character of ``text[start:end]``, or the number of tokens.
 
     Characters may belong to no token (normalisers drop some), so the next ones are asked too.
     """
     for char in range(start, end):
-        token = batch.char_to_token(row, char)
+        token = encoding.char_to_token(char)
         if token is not None:
             return int(token)
-    return len(batch["input_ids"][row])
+    return len(encoding)
 
 
 @dataclass(frozen=True)
@@ -160,6 +185,8 @@ class Layout:
     cuts: bool = False
     shifted: bool = True
     """False leaves every label on its own token."""
+    multiple: int = 1
+    """Every sample is padded to a multiple of this many positions."""
 
     @classmethod
     def of(
@@ -169,8 +196,9 @@ class Layout:
         padding: bool | str | None,
         truncation: bool | str | None,
         shifted: bool = True,
+        fp8: bool = False,
     ) -> Layout:
-        """Read the keys as users write them.
+        """Read the keys as users write them; ``fp8`` asks for lengths that FP8 matrix products take.
 
         ``padding: true`` (or ``longest``) is what every batch does anyway; only ``max_length`` pads each sample.
 
@@ -189,7 +217,7 @@ class Layout:
                 "`dataset.seq_length: %d` has no effect without `truncation: true` or `padding: max_length`.",
                 seq_length,
             )
-        return cls(pad_token_id(tokenizer), seq_length, pads, cuts, shifted)
+        return cls(pad_token_id(tokenizer), seq_length, pads, cuts, shifted, _FP8_MULTIPLE if fp8 else 1)
 
     @property
     def max_tokens(self) -> int | None:
@@ -206,13 +234,22 @@ class Layout:
             labels[start:end] = ids[start:end]
         if self.shifted:
             ids, labels = ids[:-1], labels[1 : len(ids)]
-        num_padding = max(self.seq_length - len(ids), 0) if self.pads_to_length and self.seq_length else 0
+        length = max(self.seq_length or 0, len(ids)) if self.pads_to_length else len(ids)
+        num_padding = -(-length // self.multiple) * self.multiple - len(ids)
         return {
             "input_ids": ids + [self.pad_id] * num_padding,
             "labels": labels + [IGNORE_INDEX] * num_padding,
             "attention_mask": [1] * len(ids) + [0] * num_padding,
             PAD_TOKEN_IDS: {"input_ids": self.pad_id, "labels": IGNORE_INDEX, "attention_mask": 0},
         }
+
+    def arrays(self, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+        """Return what ``sample`` does as int32 ``input_ids`` and ``labels``, without padding."""
+        tokens = np.array(encoded.ids[: self.max_tokens], dtype=np.int32)
+        labels = np.full(len(tokens), IGNORE_INDEX, dtype=np.int32)
+        for start, end in encoded.learned:
+            labels[start:end] = tokens[start:end]
+        return (tokens[:-1], labels[1:]) if self.shifted else (tokens, labels)
 
     def num_cut(self, encoded: Encoded) -> tuple[int, int]:
         """Return how many learned tokens are kept and how many are cut off."""

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_automodel.components.datasets.config import PackedSequenceConfig
 from nemo_automodel.components.datasets.llm.formatting import Encoded, Layout, Sample, pad_token_id
-from nemo_automodel.components.datasets.packing import PackedRows, pack_dataset
+from nemo_automodel.components.datasets.packed_rows import PackedRows, pack_dataset
 
 
 def build_unpacked_dataset(

@@ -7,11 +7,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nemo_automodel.components.datasets.llm.chat_formatting import ChatEncoder, Conversation, use_chat_template
-from nemo_automodel.components.datasets.llm.formatting import Layout, PromptAnswer, PromptAnswerEncoder
+from nemo_automodel.components.datasets.llm.formatting import Layout, PromptAnswer, PromptAnswerEncoder, Sample
+from nemo_automodel.components.datasets.llm.sample_stream import as_stream
 from nemo_automodel.components.datasets.llm.tokenized_rows import TokenizedRows
-from nemo_automodel.components.datasets.rows import Row
+from nemo_automodel.components.datasets.rows import Row, from_json_text
 from nemo_automodel.components.datasets.sources import load_rows
-from nemo_automodel.shared.errors import NotSupportedYetError, UserError
+from nemo_automodel.components.datasets.streaming import Stream
+from nemo_automodel.shared.errors import UserError
 
 
 def make_squad_dataset(
@@ -24,7 +26,8 @@ def make_squad_dataset(
     padding: bool | str = False,
     truncation: bool | str = False,
     chat_template: str | None = None,
-) -> TokenizedRows[Any]:
+    streaming: bool = False,
+) -> TokenizedRows[Any] | Stream[Sample]:
     """Build prompt-and-answer samples from SQuAD-shaped rows.
 
     The prompt is ``Context: … Question: … Answer: ``, the answer is the first of ``answers.text``. Where the tokenizer
@@ -32,27 +35,26 @@ def make_squad_dataset(
     user's turn and the answer the assistant's.
 
     ``dataset_name`` is a Hub name, a file, a directory or a glob, see ``sources.load_rows``; ``limit_dataset_samples``
-    keeps the first rows only.
+    keeps the first rows only. ``fp8`` pads every sample to a multiple of 16 tokens. ``streaming`` gives a stream, see
+    ``sample_stream``.
 
     Raises:
         UserError: unreadable data, a missing column, or keys that do not go together.
     """
-    if fp8:
-        raise NotSupportedYetError(
-            "`dataset.fp8: true` is not supported yet. To pad batches to a multiple of 16, set "
-            "`dataloader.collate_fn` to default_collater with `pad_seq_len_divisible: 16`."
-        )
-    rows = load_rows(dataset_name, split, limit=limit_dataset_samples)
+    rows = load_rows(dataset_name, split, limit=limit_dataset_samples, streaming=streaming)
     rows.require_columns("context", "question", "answers")
-    layout = Layout.of(tokenizer, seq_length, padding, truncation)
+    layout = Layout.of(tokenizer, seq_length, padding, truncation, fp8=fp8)
     template = use_chat_template(tokenizer, chat_template)
+    dataset: TokenizedRows[Any]
     if template is None:
-        return TokenizedRows(rows, _prompt_answer, PromptAnswerEncoder(tokenizer), layout)
-    return TokenizedRows(rows, _conversation, ChatEncoder(tokenizer, template), layout)
+        dataset = TokenizedRows(rows, _prompt_answer, PromptAnswerEncoder(tokenizer), layout)
+    else:
+        dataset = TokenizedRows(rows, _conversation, ChatEncoder(tokenizer, template), layout)
+    return as_stream(dataset) if streaming else dataset
 
 
 def _prompt_answer(row: Row, where: str) -> PromptAnswer:
-    answers = row.get("answers")
+    answers = from_json_text(row.get("answers"))
     texts = answers.get("text") if isinstance(answers, dict) else None
     if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
         raise UserError(f'{where}: `answers` must look like {{"text": ["…"]}} with one text or more.')

@@ -36,6 +36,9 @@ class TokenizedRows(Dataset[Sample], Generic[Item]):
     ``num_unlearned_rows`` and ``num_cut_rows`` and told in a warning at 1, 10, 100, … of them.
     """
 
+    skips_invalid = False
+    """Rows that cannot be used teach nothing instead of ending the run."""
+
     def __init__(self, rows: Rows, to_item: Callable[[Row, str], Item], encoder: Encoder[Item], layout: Layout) -> None:
         self.rows, self.layout = rows, layout
         self._to_item, self._encoder = to_item, encoder
@@ -56,6 +59,10 @@ class TokenizedRows(Dataset[Sample], Generic[Item]):
         """Return the number of positions of each sample, without building it."""
         return [len(self.layout.sample(encoded)["input_ids"]) for _, encoded in self._encode(indices)]
 
+    def encode(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:
+        """Return each index with its row's tokens, before they are cut and shifted; nothing is counted."""
+        return self._encode(indices)
+
     def _encode(self, indices: Sequence[int]) -> list[tuple[int, Encoded]]:
         where = [self.rows.where(index) for index in indices]
         items = [self._to_item(self.rows[index], place) for index, place in zip(indices, where, strict=True)]
@@ -63,8 +70,13 @@ class TokenizedRows(Dataset[Sample], Generic[Item]):
 
     def _counted(self, index: int, encoded: Encoded) -> Encoded:
         num_kept, num_cut = self.layout.num_cut(encoded)
+        self.count_cut(index, len(encoded.ids), num_kept, num_cut)
+        return encoded
+
+    def count_cut(self, index: int, num_tokens: int, num_kept: int, num_cut: int) -> None:
+        """Count a row of ``num_tokens`` that loses learned tokens, ``num_cut`` beside the ``num_kept`` that stay."""
         if num_cut == 0:
-            return encoded
+            return
         if num_kept == 0:
             self.num_unlearned_rows += 1
             count, what = self.num_unlearned_rows, "loses its whole answer and teaches nothing"
@@ -74,6 +86,5 @@ class TokenizedRows(Dataset[Sample], Generic[Item]):
         if count in (1, 10, 100, 1000, 10_000, 100_000):
             logger.warning(
                 "%s has %d tokens and %s at `seq_length: %d` (%d such rows so far). Raise `dataset.seq_length`.",
-                self.rows.where(index), len(encoded.ids), what, self.layout.seq_length, count,
+                self.rows.where(index), num_tokens, what, self.layout.seq_length, count,
             )  # fmt: skip
-        return encoded

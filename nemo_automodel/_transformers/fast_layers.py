@@ -1,0 +1,186 @@
+"""Which decoder layers a model computes with: the fast form of `components/fast`, or Transformers' own; and why.
+
+The choice is made once, for all layers of a model, and one line of the log names it with its reason. ``auto`` takes the
+fast form where it was made for: adapters over a frozen bf16 base on a GPU with Triton. ``on`` asks for it wherever it
+computes the same, the CPU and fp32 included, and what does not fit is an error instead of a quiet change of plan.
+
+A fast layer asks `attention_for` in every call what to compute. It may answer "nothing known": then the layer runs
+Transformers' modules, which hold the same weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
+from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
+from nemo_automodel.components._peft.config import PeftConfig
+from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
+from nemo_automodel.components.fast.decoder_layer import Attention, causal_attention, speed_up
+from nemo_automodel.components.fast.final_norm import speed_up_norm
+from nemo_automodel.components.fast.names import GROUPS, Adapter
+from nemo_automodel.components.fast.spec import UnfitError, check_family, read_spec
+from nemo_automodel.shared.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_ATTENTIONS = ("sdpa", MASKLESS_SDPA, PACKED_ATTENTION)
+"""Implementations under which no mask means causal attention, and whose function computes from queries and a mask."""
+
+
+@dataclass(frozen=True)
+class FastRequest:
+    """What is asked of a model besides its weights, as far as the choice depends on it."""
+
+    wish: str = "auto"
+    """``auto``, ``on`` or ``off``."""
+    peft: PeftConfig | None = None
+    recompute: str = "none"
+    """``none``, ``selective`` or ``full``."""
+    force_hf: bool = False
+    is_quantized: bool = False
+    is_compiled: bool = False
+    autocast_dtype: str | None = None
+    asks_attention: bool = False
+    """The attention implementation was named by the user, not chosen for him."""
+
+
+def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
+    """Exchange the decoder layers and the last norm for their fast forms where they apply, and tell whether they do.
+
+    The model must be on its device and have its adapters.
+
+    Raises:
+        UserError: ``on`` was asked for and they do not apply.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    reason = _obstacle(model, layers, request)
+    if reason is not None:
+        if request.wish == "on":
+            raise UserError(
+                f"`model.fast_layers: on` cannot be: {reason}. Set it to auto, which then takes Transformers' layers."
+            )
+        logger.info("Decoder layers: plain Transformers: %s.", reason)
+        return False
+    if model.config._attn_implementation != "sdpa":
+        model.set_attn_implementation("sdpa")
+    name, total = type(layers[0]).__name__, len(layers)
+    adapters = _adapters(model)
+    for layer in layers:
+        speed_up(layer, adapters, request.recompute, choose_attention=attention_for)
+    speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
+    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+    logger.info("Decoder layers: fast (%d of %d, %s; recomputed: %s).", total, total, name, request.recompute)
+    return True
+
+
+def attention_for(module: nn.Module, mask: torch.Tensor | None) -> Attention | None:
+    """Return what a layer with the attention ``module`` computes under ``mask``, None for Transformers' own way.
+
+    Masks are made by Transformers or by `packing_masks` for the implementation that the configuration names, so the
+    function registered under that name reads them.
+    """
+    name: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]
+    if name not in _ATTENTIONS or torch.is_autocast_enabled(next(module.parameters()).device.type):
+        return None
+    if mask is None:
+        return causal_attention
+    function = AttentionInterface()[name]  # type: ignore[no-untyped-call]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        out_BSHE: torch.Tensor = function(module, q, k, v, mask, dropout=0.0, scaling=scale)[0]
+        return out_BSHE.transpose(1, 2)
+
+    return attend
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """Save as the class does, with copies of the weights that are parts of packed matrices: files want them whole."""
+    if not args and kwargs.get("state_dict") is None:
+        state = model.state_dict()
+        kwargs["state_dict"] = {n: t if t.is_contiguous() else t.cpu().contiguous() for n, t in state.items()}
+    return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+def _adapters(model: PreTrainedModel) -> dict[nn.Module, Adapter]:
+    return {
+        layer: Adapter(layer.lora_A, layer.lora_B, layer.peft_config.scaling) for layer in lora_layers(model).values()
+    }
+
+
+def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], request: FastRequest) -> str | None:
+    """Return why Transformers' layers compute, None when the fast ones can."""
+    asked = _obstacle_in_request(model, request)
+    if asked is not None:
+        return asked
+    try:
+        if not layers:
+            raise UnfitError(f"{type(model).__name__} has no decoder layers that Transformers can recompute")
+        for layer in layers:
+            check_family(model.config.model_type, layer)
+            read_spec(layer)
+            _check_weights(layer)
+    except UnfitError as error:
+        return str(error)
+    return _obstacle_on_machine(model) if request.wish == "auto" else None
+
+
+def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | None:
+    attention = model.config._attn_implementation
+    peft, dropout = request.peft, 0.0 if request.peft is None else request.peft.dropout
+    reasons = {
+        "`force_hf: true`": request.force_hf,
+        "`fast_layers: off`": request.wish == "off",
+        "every weight is trained; the fast layers are for adapters over a frozen base": peft is None,
+        "`quantization` packs the weights, which is not on the fast path yet": request.is_quantized,
+        "the layers are compiled instead": request.is_compiled,
+        f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
+        "DoRA is not on the fast path yet": peft is not None and peft.use_dora,
+        f"dropout {dropout:g} on adapters is not on the fast path yet": dropout > 0,
+        f"`attn_implementation: {attention}` was asked for": request.asks_attention and attention != "sdpa",
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _obstacle_on_machine(model: PreTrainedModel) -> str | None:
+    machine = Machine.of(model.device)
+    if machine.device_type != "cuda":
+        return f"the model is on the {machine.device_type}"
+    if model.dtype != torch.bfloat16:
+        return f"the weights are {str(model.dtype).removeprefix('torch.')}, not bfloat16"
+    if machine.capability < (8, 0):
+        return "this GPU has no bfloat16 arithmetic"
+    if not machine.has_triton:
+        return "the package triton is not installed"
+    return None if machine.has_compiler else "Triton needs a C compiler, and neither cc, gcc nor clang is installed"
+
+
+def _check_weights(layer: nn.Module) -> None:
+    """Refuse layers whose own weights learn, differ in dtype, or are stored in a way of their own.
+
+    Raises:
+        UnfitError: the first that does not fit.
+    """
+    adapters = set()
+    for paths in GROUPS.values():
+        for path in paths:
+            linear = layer.get_submodule(path)
+            if type(linear) not in (nn.Linear, LinearLoRA):
+                raise UnfitError(f"`{path}` is a {type(linear).__name__}")
+            if isinstance(linear, LinearLoRA):
+                adapters |= {id(linear.lora_A.weight), id(linear.lora_B.weight)}
+    own = {name: parameter for name, parameter in layer.named_parameters() if id(parameter) not in adapters}
+    for name, parameter in own.items():
+        if parameter.requires_grad:
+            raise UnfitError(f"`{name}` is trained; the fast layers are for adapters over a frozen base")
+    dtypes = sorted({str(parameter.dtype) for parameter in own.values()})
+    if len(dtypes) > 1:
+        raise UnfitError(f"its weights are of several dtypes ({', '.join(dtypes)})")

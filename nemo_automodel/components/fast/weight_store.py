@@ -1,0 +1,330 @@
+"""Linear layers that share an input, as one frozen matrix with their adapters beside it or folded into it.
+
+The layers' inputs meet one matrix W and, stacked, one A and one B (s·B in diagonal blocks, s the scale of the
+adapters). `DenseStore` keeps W in the dtype of the model and folds the adapters into the same buffer ::
+
+    [ W   s·B ]   N rows
+    [ A    0  ]   R rows
+      K     R
+
+A forward pass is ``[x, x·Aᵀ] @ [W, s·B]ᵀ`` and an input gradient ``[dy, dy·(s·B)] @ [W; A]``: the update costs no pass
+over the outputs of its own, only R more columns of depth, and it is added in the accumulator of the product, so it is
+rounded once. The price is that inputs and gradients live in buffers R wider than they are. `Fp8Store` keeps W in 8 bits
+and adds the update afterwards.
+
+Weights of the Hugging Face layers become views of the stored matrix. Whatever gives them other memory (moving the
+model, assigning a state dict) is noticed at the next call, and they are packed again. The adapters' own tensors stay
+outside, in fp32 as a rule: they are copied in when an optimizer has stepped, an operation has written to them or they
+have other memory. Writes through ``.data`` are not seen until one of these happens.
+
+Where the next kernel can add the update itself, a store leaves it to it: `forward_pending` and `dgrad_pending` return
+what is still to be added.
+
+Shapes: T tokens, K inputs, N outputs, R ranks of all adapters rounded up to `_RANK_TILE`; M = K + R or N + R where
+adapters are folded in, K or N where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from nemo_automodel.components.fast.names import Adapter, Slot
+from nemo_automodel.kernels.fp8 import quantize_rows, scaled_product
+from nemo_automodel.kernels.lora import Update, add_update_, low_rank_grads
+
+_RANK_TILE = 64
+"""Matrix units read the depth of a product in tiles of 64 sixteen-bit numbers."""
+
+
+class _Steps:
+    """Counts the steps of every optimizer of the process: some write to weights without leaving a trace in them."""
+
+    count = 0
+
+    @classmethod
+    def increase(cls, *_: object) -> None:
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_Steps.increase)
+
+
+class WeightStore:
+    """What all stores share: places of layers and adapters, and the products of low rank.
+
+    Weights and biases of ``slots`` are moved into the store.
+    """
+
+    margin: int
+    """How much wider than their contents buffers are."""
+    _a_RK: torch.Tensor
+    _b_NR: torch.Tensor
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = tuple(slots)
+        self.num_in = slots[0].linear.in_features
+        self.num_out = sum(slot.linear.out_features for slot in slots)
+        rank = sum(slot.adapter.rank for slot in slots if slot.adapter is not None)
+        self.rank = rank
+        self.rank_width = -(-rank // _RANK_TILE) * _RANK_TILE
+        self.dtype = slots[0].linear.weight.dtype
+        self._places = self._lay_out()
+        self.bias_N: torch.Tensor | None = None
+        self._pack_all()
+
+    def _lay_out(self) -> list[tuple[Slot, slice, slice]]:
+        """Return each slot with its output rows and its ranks."""
+        places, row, rank = [], 0, 0
+        for slot in self.slots:
+            num_ranks = 0 if slot.adapter is None else slot.adapter.rank
+            places.append((slot, slice(row, row + slot.linear.out_features), slice(rank, rank + num_ranks)))
+            row, rank = row + slot.linear.out_features, rank + num_ranks
+        return places
+
+    def _pack_all(self) -> None:
+        first = self.slots[0].linear
+        if first.bias is not None:
+            self.bias_N = torch.cat([slot.linear.bias.data for slot in self.slots])
+            for slot, rows, _ in self._places:
+                slot.linear.bias.data = self.bias_N[rows]
+        self._pack()
+        self._addresses = self._base_addresses()
+        self._adapters_seen: list[int] = []
+
+    def _pack(self) -> None:
+        """Store the weights of the slots, and make memory for the adapters."""
+        raise NotImplementedError
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether anything here learns."""
+        return self.rank_width > 0
+
+    def prepare(self) -> None:
+        """Copy the adapters in; pack again if the weights were given other memory."""
+        if self._base_addresses() != self._addresses:
+            self._pack_all()
+        state = self._adapter_state()
+        if state == self._adapters_seen:
+            return
+        self._adapters_seen = state
+        for slot, rows, ranks in self._places:
+            if slot.adapter is None:
+                continue
+            self._a_RK[ranks].copy_(slot.adapter.lora_A.weight.detach())
+            # s·B in the adapter's dtype, rounded once
+            torch.mul(slot.adapter.lora_B.weight.detach(), slot.adapter.scaling, out=self._b_NR[rows, ranks])
+
+    def forget_adapters(self) -> None:
+        """Copy the adapters in at the next call, changed or not: writes through `.data` leave no trace."""
+        self._adapters_seen = []
+
+    def _base_addresses(self) -> list[int]:
+        linears = [slot.linear for slot in self.slots]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        return [tensor.data_ptr() for tensor in (*(linear.weight for linear in linears), *biases)]
+
+    def _adapter_state(self) -> list[int]:
+        """Return numbers that change when the adapters may have changed."""
+        weights = self.parameters()
+        return [_Steps.count, *(number for weight in weights for number in (weight.data_ptr(), weight._version))]
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Return A and B of every adapter, in the order of `adapter_grads`."""
+        adapters: list[Adapter] = [slot.adapter for slot in self.slots if slot.adapter is not None]
+        return [module.weight for adapter in adapters for module in (adapter.lora_A, adapter.lora_B)]
+
+    # Buffers and products of low rank.
+
+    def input_buffer(self, num_tokens: int) -> torch.Tensor:
+        """Return memory for inputs, ``[T, M]``, not initialised."""
+        return self._a_RK.new_empty((num_tokens, self.num_in + self.margin))
+
+    def output_buffer(self, num_tokens: int) -> torch.Tensor:
+        """Return memory for outputs or their gradients, ``[T, M]``, not initialised."""
+        return self._a_RK.new_empty((num_tokens, self.num_out + self.margin))
+
+    def low(self, x_TM: torch.Tensor) -> torch.Tensor | None:
+        """Return x·Aᵀ, ``[T, R]``, of an input buffer or of dense inputs; None without adapters."""
+        return torch.mm(x_TM[:, : self.num_in], self._a_RK.t()) if self.has_adapters else None
+
+    def low_grad(self, dy_TM: torch.Tensor) -> torch.Tensor | None:
+        """Return dy·(s·B), ``[T, R]``, of a gradient buffer; None without adapters."""
+        return torch.mm(dy_TM[:, : self.num_out], self._b_NR) if self.has_adapters else None
+
+    def adapter_grads(
+        self, x_TM: torch.Tensor, dy_TM: torch.Tensor, low_TR: torch.Tensor | None, dlow_TR: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Return the gradients of `parameters`, in their dtypes."""
+        if low_TR is None or dlow_TR is None:
+            return []
+        da_RK, db_NR = low_rank_grads(x_TM[:, : self.num_in], dy_TM[:, : self.num_out], low_TR, dlow_TR)
+        grads = []
+        for slot, rows, ranks in self._places:
+            if slot.adapter is not None:
+                grads.append(da_RK[ranks].to(slot.adapter.lora_A.weight.dtype))
+                grads.append(db_NR[rows, ranks].to(slot.adapter.lora_B.weight.dtype).mul(slot.adapter.scaling))
+        return grads
+
+    # What is left to the next kernel.
+
+    @property
+    def rank_parts(self) -> tuple[tuple[int, int], ...]:
+        """The ranks of each layer, ``(first, last + 1)``."""
+        return tuple((ranks.start, ranks.stop) for _, _, ranks in self._places)
+
+    @property
+    def a_RK(self) -> torch.Tensor | None:
+        """Stacked A, None without adapters."""
+        return self._a_RK if self.has_adapters else None
+
+    @property
+    def b_NR(self) -> torch.Tensor | None:
+        """s·B in diagonal blocks, None without adapters."""
+        return self._b_NR if self.has_adapters else None
+
+    def _update(self, low_TR: torch.Tensor) -> Update:
+        return Update(low_TR, self._b_NR.t(), self.rank_parts)
+
+    def _dgrad_update(self, dlow_TR: torch.Tensor) -> Update:
+        return Update(dlow_TR, self._a_RK, ((0, self.rank),))
+
+    def pending(self, low_TR: torch.Tensor | None) -> Update | None:
+        """Return what `forward_pending` leaves to be added."""
+        raise NotImplementedError
+
+    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the outputs as `forward` does, without `pending`."""
+        raise NotImplementedError
+
+    def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
+        """Return the gradient of the inputs and what is still to be added to it."""
+        raise NotImplementedError
+
+    # Products with the matrix. Rows of inputs may lie in a buffer of this store or be dense.
+
+    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the outputs without bias, as the first N columns of ``[T, M]``; ``low_TR`` is `low` of the inputs."""
+        raise NotImplementedError
+
+    def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return residual + outputs, ``[T, N]``."""
+        raise NotImplementedError
+
+    def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the gradient of the inputs, ``[T, K]``; ``dlow_TR`` is `low_grad` of the gradient."""
+        raise NotImplementedError
+
+
+class DenseStore(WeightStore):
+    """Weights in the dtype of the model, adapters folded in."""
+
+    def _pack(self) -> None:
+        self.margin = self.rank_width
+        first = self.slots[0].linear.weight
+        shape = (self.num_out + self.margin, self.num_in + self.margin)
+        self._buffer = torch.empty(shape, dtype=first.dtype, device=first.device)
+        self._a_RK, self._b_NR = (
+            self._buffer[self.num_out :, : self.num_in],
+            self._buffer[: self.num_out, self.num_in :],
+        )
+        self._a_RK.zero_()
+        self._b_NR.zero_()
+        for slot, rows, _ in self._places:
+            view_NK = self._buffer[rows, : self.num_in]
+            view_NK.copy_(slot.linear.weight.data)
+            slot.linear.weight.data = view_NK
+
+    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the outputs; see `WeightStore.forward`. The inputs' margin is overwritten."""
+        y_TM = self.output_buffer(x_TM.shape[0])
+        y_TN = y_TM[:, : self.num_out]
+        if low_TR is None or x_TM.shape[1] == self.num_in:  # dense inputs have no margin for the update
+            torch.mm(x_TM, self._buffer[: self.num_out, : self.num_in].t(), out=y_TN)
+            if low_TR is not None:
+                y_TN.addmm_(low_TR, self._b_NR.t())
+        else:
+            x_TM[:, self.num_in :] = low_TR
+            torch.mm(x_TM, self._buffer[: self.num_out].t(), out=y_TN)
+        return y_TM
+
+    def pending(self, low_TR: torch.Tensor | None) -> Update | None:
+        """Return None: inputs have room for the update."""
+        return None
+
+    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the outputs, complete."""
+        return self.forward(x_TM, low_TR)
+
+    def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
+        """Return the gradient of the inputs; complete if the gradient has a margin for the update."""
+        if dlow_TR is None or dy_TM.shape[1] != self.num_out:
+            return self.dgrad(dy_TM, dlow_TR), None
+        return torch.mm(dy_TM, self._buffer[: self.num_out, : self.num_in]), self._dgrad_update(dlow_TR)
+
+    def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return residual + outputs, the sum made in the accumulator."""
+        if low_TR is not None:
+            x_TM[:, self.num_in :] = low_TR
+        return torch.addmm(residual_TN, x_TM, self._buffer[: self.num_out].t())
+
+    def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the gradient of the inputs; see `WeightStore.dgrad`. The gradient's margin is overwritten."""
+        if dlow_TR is None:
+            return torch.mm(dy_TM, self._buffer[:, : self.num_in])
+        if dy_TM.shape[1] == self.num_out:
+            return torch.mm(dy_TM, self._buffer[: self.num_out, : self.num_in]).addmm_(dlow_TR, self._a_RK)
+        dy_TM[:, self.num_out :] = dlow_TR
+        return torch.mm(dy_TM, self._buffer[:, : self.num_in])
+
+
+class Fp8Store(WeightStore):
+    """Weights in E4M3, stored twice, with a scale for every output channel and for every input channel.
+
+    Inputs and gradients are quantised by rows, per token. The layers' own weights become views of the first copy: they
+    keep their names and shapes and can no longer be multiplied by themselves.
+    """
+
+    def _pack(self) -> None:
+        self.margin = 0
+        first = self.slots[0].linear.weight
+        weight_NK = torch.cat([slot.linear.weight.data for slot in self.slots])
+        self._forward_NK, self._forward_scale_N1 = quantize_rows(weight_NK)
+        self._backward_KN, self._backward_scale_K1 = quantize_rows(weight_NK.t().contiguous())
+        self._a_RK = torch.zeros((self.rank_width, self.num_in), dtype=first.dtype, device=first.device)
+        self._b_NR = torch.zeros((self.num_out, self.rank_width), dtype=first.dtype, device=first.device)
+        for slot, rows, _ in self._places:
+            slot.linear.weight.data = self._forward_NK[rows]
+
+    def pending(self, low_TR: torch.Tensor | None) -> Update | None:
+        """Return the update."""
+        return None if low_TR is None else self._update(low_TR)
+
+    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the outputs of the base weights."""
+        quantized, scales = quantize_rows(x_TM)
+        return scaled_product(quantized, scales, self._forward_NK, self._forward_scale_N1, self.dtype)
+
+    def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
+        """Return the gradient through the base weights, and the adapters' share."""
+        quantized, scales = quantize_rows(dy_TM)
+        dx_TK = scaled_product(quantized, scales, self._backward_KN, self._backward_scale_K1, self.dtype)
+        return dx_TK, None if dlow_TR is None else self._dgrad_update(dlow_TR)
+
+    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the outputs; see `WeightStore.forward`."""
+        y_TN = self.forward_pending(x_TM, low_TR)
+        return y_TN if low_TR is None else y_TN.addmm_(low_TR, self._b_NR.t())
+
+    def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return residual + outputs."""
+        y_TN = self.forward_pending(x_TM, low_TR)
+        return y_TN.add_(residual_TN) if low_TR is None else add_update_(y_TN, self._update(low_TR), residual_TN)
+
+    def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the gradient of the inputs; see `WeightStore.dgrad`."""
+        dx_TK, _ = self.dgrad_pending(dy_TM, dlow_TR)
+        return dx_TK if dlow_TR is None else dx_TK.addmm_(dlow_TR, self._a_RK)

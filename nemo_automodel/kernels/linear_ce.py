@@ -1,0 +1,167 @@
+"""Output head and cross-entropy over chunks of rows, for a head that does not learn.
+
+A chunk of logits is made by one matrix product in the dtype of the model, turned **in place** into the gradient of the
+logits, multiplied by the head again to give the gradient of the hidden states, and overwritten by the next chunk. So a
+micro-batch costs two products with the head, the memory of one chunk and of the hidden states' gradient. A chunk is
+long enough (2048 rows) that reading the head for each of them hides behind the arithmetic. The price: the gradient is
+computed in the forward pass, also when nobody asks for it later.
+
+Shapes: N labelled rows, M rows of a chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nemo_automodel.kernels.jit import jit, runs_triton, tl
+
+CHUNK_ROWS = 2048
+_BLOCK = 4096
+
+
+def cross_entropy_(
+    logits_MV: torch.Tensor, labels_M: torch.Tensor, scale: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """Return the token losses, fp32 ``[M]`` (float64 for float64), and turn the logits into their gradient.
+
+    ``scale``, a scalar tensor, multiplies the gradient and not the losses. Rows with ``ignore_index`` get 0 in both.
+    """
+    run = cross_entropy_triton if runs_triton(logits_MV) else cross_entropy_reference
+    return run(logits_MV, labels_M, scale, ignore_index)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_N: torch.Tensor,
+        scale: torch.Tensor,
+        ignore_index: int,
+        chunk_rows: int,
+    ) -> torch.Tensor:
+        num_rows = hidden_ND.shape[0]
+        wants_grad = ctx.needs_input_grad[0]
+        grad_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if wants_grad else None
+        losses = []
+        for start in range(0, num_rows, chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            logits_MV = torch.mm(hidden_ND[rows], weight_VD.t())
+            losses.append(cross_entropy_(logits_MV, labels_N[rows], scale, ignore_index).sum())
+            if grad_ND is not None:
+                torch.mm(logits_MV, weight_VD, out=grad_ND[rows])
+            del logits_MV
+        ctx.grad_ND = grad_ND
+        return torch.stack(losses).sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_ND, ctx.grad_ND = ctx.grad_ND, None
+        assert grad_ND is not None, "the gradient is scaled in place, so the backward pass runs once"
+        return grad_ND.mul_(grad_outputs[0].to(grad_ND.dtype)), None, None, None, None, None
+
+
+def frozen_head_loss(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    scale: torch.Tensor,
+    ignore_index: int,
+    chunk_rows: int = CHUNK_ROWS,
+) -> torch.Tensor:
+    """Return ``scale`` times the sum of the token losses, a fp32 scalar (float64 for float64).
+
+    ``scale`` is a scalar tensor on the device. The weight gets no gradient.
+    """
+    loss: torch.Tensor = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, labels_N, scale, ignore_index, chunk_rows
+    )
+    return loss
+
+
+# --- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_reference(
+    logits_MV: torch.Tensor, labels_M: torch.Tensor, scale: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """Do what `cross_entropy_` says in plain operations."""
+    math = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    is_label_M = labels_M != ignore_index
+    targets_M1 = labels_M.where(is_label_M, 0).unsqueeze(1)
+    lse_M = torch.logsumexp(math, dim=-1)
+    losses_M = (lse_M - math.gather(1, targets_M1).squeeze(1)).where(is_label_M, 0)
+    grad_MV = (math - lse_M.unsqueeze(1)).exp()
+    grad_MV.scatter_add_(1, targets_M1, grad_MV.new_full(targets_M1.shape, -1.0))
+    logits_MV.copy_((grad_MV * scale).masked_fill_(~is_label_M.unsqueeze(1), 0))
+    return losses_M
+
+
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _cross_entropy_kernel(
+    logits_ptr,
+    labels_ptr,
+    scale_ptr,
+    losses_ptr,
+    num_cols,
+    row_stride,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    base = logits_ptr + row * row_stride
+    dtype = logits_ptr.dtype.element_ty
+    if label == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        for start in range(0, num_cols, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            tl.store(base + cols, tl.zeros([BLOCK], dtype=dtype), mask=cols < num_cols)
+    else:
+        # every lane keeps a running maximum and sum of its own, so that the loop has no reduction
+        tops = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+        sums = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, num_cols, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(base + cols, mask=cols < num_cols, other=float("-inf")).to(tl.float32)
+            new_tops = tl.maximum(tops, x)
+            # a lane that has seen nothing but -inf would compute inf - inf
+            safe = tl.where(new_tops == float("-inf"), 0.0, new_tops)
+            sums = sums * tl.exp(tops - safe) + tl.exp(x - safe)
+            tops = new_tops
+        top = tl.max(tops, axis=0)
+        lse = top + tl.log(tl.sum(sums * tl.exp(tops - top), axis=0))
+        tl.store(losses_ptr + row, lse - tl.load(base + label).to(tl.float32))
+        scale = tl.load(scale_ptr).to(tl.float32)
+        for start in range(0, num_cols, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            mask = cols < num_cols
+            x = tl.load(base + cols, mask=mask, other=float("-inf")).to(tl.float32)
+            grad = tl.exp(x - lse) - tl.where(cols == label, 1.0, 0.0)
+            tl.store(base + cols, (grad * scale).to(dtype), mask=mask)
+
+
+def cross_entropy_triton(
+    logits_MV: torch.Tensor, labels_M: torch.Tensor, scale: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """Do what `cross_entropy_` says, one program a row: it reads the row twice, the second time from the cache."""
+    num_rows, num_cols = logits_MV.shape
+    losses_M = torch.empty(num_rows, dtype=torch.float32, device=logits_MV.device)
+    _cross_entropy_kernel[(num_rows,)](
+        logits_MV,
+        labels_M,
+        scale,
+        losses_M,
+        num_cols,
+        logits_MV.stride(0),
+        ignore_index,
+        BLOCK=_BLOCK,
+        num_warps=8,
+    )
+    return losses_M

@@ -1,0 +1,171 @@
+"""LoRA arithmetic on packed layers: weight gradients of several adapters in one product each, and the update itself.
+
+A packed layer stacks the ``A`` of its adapters to ``[R, D]`` and puts their scaled ``B`` into the diagonal blocks of
+``[N, R]``, zero elsewhere. With ``low = x·Aᵀ`` and ``dlow = dy·(s·B)`` the gradients are ``dA = dlowᵀ·x`` and
+``dB = s·dyᵀ·low``: x and dy are read once for all adapters. The price is that ``dyᵀ·low`` also makes the blocks off the
+diagonal, at most three times the work of the smallest products in the layer.
+
+The update ``low·(s·B)ᵀ``, or ``dlow·A`` on the way back, is an `Update` while it waits to be added: whoever reads the
+outputs next can make it tile by tile on the matrix units and add it to what it has just read (`update_tile`), which
+saves the pass over the outputs that adding it in place costs. `add_update_` is that pass, for outputs that go to a
+kernel of somebody else, with the residual stream added on the way where there is one.
+
+Shapes: T tokens, D inputs, N outputs, R ranks of all adapters, rounded up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nemo_automodel.kernels.jit import jit, next_power_of_2, runs_triton, tl
+
+_BLOCK_T = 64
+_BLOCK_N = 128
+MAX_BLOCK_R = 64
+"""Ranks that meet in one tile; more take several."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """A product of low rank that is still to be added: ``low @ factor``.
+
+    ``parts`` are the ranks of each layer in the pack, ``(first, last + 1)``. The last dimension of ``low_TR`` is dense.
+    """
+
+    low_TR: torch.Tensor
+    factor_RN: torch.Tensor
+    parts: tuple[tuple[int, int], ...]
+
+    @property
+    def rank(self) -> int:
+        """Ranks in use, without the rounding."""
+        return self.parts[-1][1]
+
+    def product(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the update ``[T, N]`` in ``dtype``, by one plain product."""
+        return self.low_TR.to(dtype) @ self.factor_RN.to(dtype)
+
+
+def low_rank_grads(
+    x_TD: torch.Tensor, dy_TN: torch.Tensor, low_TR: torch.Tensor, dlow_TR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``dA`` ``[R, D]`` and ``dB / s`` ``[N, R]`` of stacked adapters; rows may lie in wider buffers."""
+    return torch.mm(dlow_TR.t(), x_TD), torch.mm(dy_TN.t(), low_TR)
+
+
+def add_update_(y_TN: torch.Tensor, update: Update, residual_TN: torch.Tensor | None = None) -> torch.Tensor:
+    """Add the update, and ``residual_TN`` if there is one, to ``y_TN`` in place and return it.
+
+    Rows may lie in wider buffers. The sum is rounded once.
+    """
+    run = add_update_triton if runs_triton(y_TN) else add_update_reference
+    run(y_TN, update, residual_TN)
+    return y_TN
+
+
+def block_r(rank: int) -> int:
+    """Return how many ranks a tile holds: matrix units want at least 16."""
+    return min(MAX_BLOCK_R, max(16, next_power_of_2(rank)))
+
+
+# --- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def add_update_reference(y_TN: torch.Tensor, update: Update, residual_TN: torch.Tensor | None) -> None:
+    """Do what `add_update_` says in plain operations."""
+    math_dtype = torch.promote_types(y_TN.dtype, torch.float32)
+    total = y_TN.to(math_dtype) + update.product(math_dtype)
+    y_TN.copy_(total if residual_TN is None else total + residual_TN)
+
+
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def update_tile(
+    low_ptr,
+    factor_ptr,
+    rows,
+    cols,
+    num_rows,
+    num_cols,
+    low_row,
+    factor_rank,
+    factor_col,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return ``low[rows, FROM:TO] @ factor[FROM:TO, cols]``, fp32. ``rows`` and ``cols`` are int64 vectors."""
+    total = tl.zeros([rows.shape[0], cols.shape[0]], dtype=tl.float32)
+    for start in tl.static_range(FROM, TO, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R)
+        low = tl.load(
+            low_ptr + rows[:, None] * low_row + ranks[None, :],
+            mask=(rows < num_rows)[:, None] & (ranks < TO)[None, :],
+            other=0.0,
+        )
+        factor = tl.load(
+            factor_ptr + cols[None, :] * factor_col + ranks[:, None] * factor_rank,
+            mask=(cols < num_cols)[None, :] & (ranks < TO)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(low, factor, total, input_precision="ieee")
+    return total
+
+
+@jit
+def _add_update_kernel(
+    y_ptr,
+    residual_ptr,
+    low_ptr,
+    factor_ptr,
+    num_rows,
+    num_cols,
+    y_row,
+    residual_row,
+    low_row,
+    factor_rank,
+    factor_col,
+    HAS_RESIDUAL: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    at = y_ptr + rows[:, None] * y_row + cols[None, :]
+    y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + rows[:, None] * residual_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    y += update_tile(
+        low_ptr, factor_ptr, rows, cols, num_rows, num_cols, low_row, factor_rank, factor_col, 0, RANK, BLOCK_R
+    )
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def add_update_triton(y_TN: torch.Tensor, update: Update, residual_TN: torch.Tensor | None) -> None:
+    """Do what `add_update_` says, one program a tile."""
+    num_rows, num_cols = y_TN.shape
+    _add_update_kernel[(-(-num_rows // _BLOCK_T), -(-num_cols // _BLOCK_N))](
+        y_TN,
+        y_TN if residual_TN is None else residual_TN,
+        update.low_TR,
+        update.factor_RN,
+        num_rows,
+        num_cols,
+        y_TN.stride(0),
+        0 if residual_TN is None else residual_TN.stride(0),
+        update.low_TR.stride(0),
+        *update.factor_RN.stride(),
+        HAS_RESIDUAL=residual_TN is not None,
+        RANK=update.rank,
+        BLOCK_R=block_r(update.rank),
+        BLOCK_T=_BLOCK_T,
+        BLOCK_N=_BLOCK_N,
+        num_warps=8,
+    )

@@ -1,0 +1,161 @@
+"""Which layers a model gets, the reason that the log gives, and that whatever does not fit trains as before."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from support.tiny import tiny_config
+
+from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel._transformers import fast_layers
+from nemo_automodel._transformers.packing_masks import Machine
+from nemo_automodel.components._peft.lora import PeftConfig
+from nemo_automodel.components.quantization.config import CompileConfig
+from nemo_automodel.shared.errors import ConfigError, UserError
+
+PEFT = PeftConfig(target_modules="*_proj", dim=2)
+GPU = Machine("cuda", (9, 0), has_varlen=True, has_triton=True, has_compiler=True)
+
+
+def build(caplog, config=None, **keywords):
+    """Return the model and the line about its layers."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="nemo_automodel"):
+        model = NeMoAutoModelForCausalLM.from_config(
+            config or tiny_config("llama"), **{"torch_dtype": "float32", "peft_config": PEFT, **keywords}
+        )
+    (line,) = [m for m in caplog.messages if m.startswith("Decoder layers: ")]
+    return model, line.removeprefix("Decoder layers: ")
+
+
+def is_fast(model) -> list[bool]:
+    return [type(layer).__name__.startswith("Fast") for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("wish", ["on", True])
+def test_on_gives_every_layer_its_fast_form(caplog, family, wish):
+    model, line = build(caplog, tiny_config(family), fast_layers=wish)
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    assert line == f"fast (2 of 2, {name}DecoderLayer; recomputed: none)."
+    assert is_fast(model) == [True, True]
+    assert type(model.model.norm).__name__ == f"Fast{name}RMSNorm"
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_fast_layers_recompute_by_themselves(caplog, policy):
+    model, line = build(caplog, fast_layers="on", activation_checkpointing=policy)
+    assert line == f"fast (2 of 2, LlamaDecoderLayer; recomputed: {policy})."
+    assert [layer.fast_core.recompute for layer in model.model.layers] == [policy] * 2
+    assert not model.is_gradient_checkpointing
+
+
+UNFIT = [
+    ({"fast_layers": "auto"}, {}, "the model is on the cpu"),
+    ({"fast_layers": "off"}, {}, "`fast_layers: off`"),
+    ({"force_hf": True}, {}, "`force_hf: true`"),
+    ({"peft_config": None}, {}, "every weight is trained; the fast layers are for adapters over a frozen base"),
+    ({"autocast_dtype": "bfloat16"}, {}, "`distributed.autocast_dtype: bfloat16`"),
+    ({"compile_layers": True}, {}, "the layers are compiled instead"),
+    ({"compile_config": CompileConfig(enabled=True)}, {}, "the layers are compiled instead"),
+    ({"attn_implementation": "eager"}, {}, "`attn_implementation: eager` was asked for"),
+    (
+        {"peft_config": PeftConfig(target_modules="*_proj", dim=2, dropout=0.1)},
+        {},
+        "dropout 0.1 on adapters is not on the fast path yet",
+    ),
+    (
+        {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True)},
+        {},
+        "DoRA is not on the fast path yet",
+    ),
+    ({}, {"hidden_act": "gelu"}, "its activation is `gelu`, not silu"),
+    ({}, {"attention_dropout": 0.2}, "`attention_dropout` is 0.2"),
+    ({}, {"attention_bias": True}, "`o_proj` has a bias"),
+    ({}, {"mlp_bias": True}, "`gate_proj` has a bias"),
+]
+
+
+@pytest.mark.parametrize(("keywords", "overrides", "reason"), UNFIT, ids=[case[2][:30] for case in UNFIT])
+def test_what_does_not_fit_stays_as_it_is_and_says_why(caplog, keywords, overrides, reason):
+    model, line = build(caplog, tiny_config("llama", **overrides), **keywords)
+    assert line == f"plain Transformers: {reason}."
+    assert is_fast(model) == [False, False]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    if not any(key.startswith("compile") for key in keywords):
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert any(p.grad is not None for p in model.parameters())
+
+
+def test_other_families_are_named(caplog):
+    model, line = build(caplog, tiny_config("gemma3"))
+    known = "llama, mistral, qwen2, qwen3 have one"
+    assert line == f"plain Transformers: `gemma3_text` models have no fast decoder layer yet ({known})."
+    assert is_fast(model) == [False, False]
+
+
+def test_other_families_recompute_the_usual_way(caplog):
+    model, _ = build(caplog, tiny_config("gemma3"), activation_checkpointing="full")
+    assert model.is_gradient_checkpointing
+
+
+def test_asking_for_what_does_not_fit_is_an_error(caplog):
+    with pytest.raises(UserError) as refused:
+        build(caplog, tiny_config("llama", mlp_bias=True), fast_layers="on")
+    assert str(refused.value) == (
+        "`model.fast_layers: on` cannot be: `gate_proj` has a bias. Set it to auto, which then takes Transformers' "
+        "layers."
+    )
+
+
+def test_values_are_checked(caplog):
+    with pytest.raises(ConfigError) as unknown:
+        build(caplog, fast_layers="atuo")
+    assert str(unknown.value) == "`model.fast_layers: atuo` is not known. Did you mean `auto`? Use auto, on, off."
+    with pytest.raises(ConfigError) as both:
+        build(caplog, fast_layers="on", force_hf=True)
+    assert str(both.value) == (
+        "`model.fast_layers: on` and `model.force_hf: true` exclude each other. Leave one of them out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "line"),
+    [
+        (GPU, "bfloat16", "fast (2 of 2, LlamaDecoderLayer; recomputed: none)."),
+        (GPU, "float32", "plain Transformers: the weights are float32, not bfloat16."),
+        (Machine("cuda", (7, 5)), "bfloat16", "plain Transformers: this GPU has no bfloat16 arithmetic."),
+        (Machine("cuda", (9, 0)), "bfloat16", "plain Transformers: the package triton is not installed."),
+        (
+            Machine("cuda", (9, 0), has_triton=True),
+            "bfloat16",
+            "plain Transformers: Triton needs a C compiler, and neither cc, gcc nor clang is installed.",
+        ),
+    ],
+)
+def test_auto_looks_at_the_machine(caplog, monkeypatch, machine, dtype, line):
+    monkeypatch.setattr(fast_layers.Machine, "of", lambda device: machine)
+    assert build(caplog, torch_dtype=dtype)[1] == line
+
+
+def test_a_base_that_learns_is_seen(caplog):
+    model, _ = build(caplog, fast_layers="off")
+    model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+    with pytest.raises(UserError, match=r"`input_layernorm\.weight` is trained; the fast layers are for adapters over"):
+        fast_layers.use_fast_layers(model, fast_layers.FastRequest("on", PEFT))
+    assert is_fast(model) == [False, False]
+    model.model.layers[1].input_layernorm.weight.requires_grad_(False)
+    model.model.layers[1].input_layernorm.to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"its weights are of several dtypes \(torch.bfloat16, torch.float32\)"):
+        fast_layers.use_fast_layers(model, fast_layers.FastRequest("on", PEFT))
+    assert is_fast(model) == [False, False]
+
+
+def test_another_class_of_layer_is_seen(caplog):
+    model, _ = build(caplog, fast_layers="off")
+    base = type(model.model.layers[0])
+    model.model.layers[0].__class__ = type("MyDecoderLayer", (base,), {})
+    with pytest.raises(UserError, match="its layers are MyDecoderLayer, not Transformers' LlamaDecoderLayer"):
+        fast_layers.use_fast_layers(model, fast_layers.FastRequest("on", PEFT))

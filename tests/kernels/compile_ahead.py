@@ -1,0 +1,100 @@
+"""Compile every kernel for a list of GPUs without having one, and print the shared memory each needs, as JSON.
+
+Run as a program, because a process in which Triton interprets kernels cannot compile them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nemo_automodel.kernels import fp8, linear_ce, lora, norm, rope, swiglu, swiglu_lora
+
+_ROPE = {"NUM_Q": 32, "NUM_KV": 8, "HEAD": 128, "HAS_BIAS": True, "HAS_NORM": True, "BLOCK_H": 16, "BLOCK_E": 64}
+_SWIGLU_LORA = {"HAS_UPDATE": True, "GATE_FROM": 0, "UP_FROM": 64, "UP_TO": 128, "BLOCK_R": 64, "A_RANK": 64}
+_SWIGLU_LORA |= {"A_BLOCK": 64, "BLOCK_T": swiglu_lora.BLOCK_T, "BLOCK_N": swiglu_lora.BLOCK_N}
+# kernel, pointers to the model's dtype and to others, floats, int64 values, constants: the largest that 8B models need
+CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
+    (
+        "norm forward",
+        norm._norm_forward_kernel,
+        {"rstd_ptr": "*fp32", "eps": "fp32"},
+        {"HAS_RESIDUAL": True, "BLOCK": 8192},
+    ),
+    (
+        "norm backward",
+        norm._norm_backward_kernel,
+        {"rstd_ptr": "*fp32"},
+        {"HAS_RESIDUAL": True, "WRITES_Y": True, "BLOCK": 8192},
+    ),
+    ("rope forward", rope._rope_forward_kernel, {"rstd_ptr": "*fp32", "eps": "fp32"}, _ROPE),
+    ("rope backward", rope._rope_backward_kernel, {"rstd_ptr": "*fp32"}, _ROPE),
+    ("swiglu forward", swiglu._swiglu_forward_kernel, {}, {"BLOCK": 1024}),
+    ("swiglu backward", swiglu._swiglu_backward_kernel, {}, {"BLOCK": 1024}),
+    (
+        "cross entropy",
+        linear_ce._cross_entropy_kernel,
+        {"labels_ptr": "*i64", "scale_ptr": "*fp32", "losses_ptr": "*fp32"},
+        {"BLOCK": 4096},
+    ),
+    (
+        "fp8 quantize",
+        fp8._fp8_quantize_kernel,
+        {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+        {"LARGEST": 448.0, "BLOCK": 32768},
+    ),
+    (
+        "fp8 quantize long rows",
+        fp8._fp8_quantize_long_kernel,
+        {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+        {"LARGEST": 448.0, "BLOCK": 4096},
+    ),
+    (
+        "update in place",
+        lora._add_update_kernel,
+        {},
+        {"HAS_RESIDUAL": True, "RANK": 128, "BLOCK_R": 64, "BLOCK_T": lora._BLOCK_T, "BLOCK_N": lora._BLOCK_N},
+    ),
+    ("swiglu with lora forward", swiglu_lora._swiglu_lora_forward_kernel, {"partial_ptr": "*fp32"}, _SWIGLU_LORA),
+    (
+        "swiglu with lora backward",
+        swiglu_lora._swiglu_lora_backward_kernel,
+        {"partial_ptr": "*fp32"},
+        _SWIGLU_LORA | {"MULTIPLIES": True},
+    ),
+    (
+        "sum of pieces",
+        swiglu_lora._sum_pieces_kernel,
+        {"partial_ptr": "*fp32"},
+        {"RANK": 128, "WIDTH": 128, "BLOCK_T": swiglu_lora.BLOCK_T},
+    ),
+]
+
+
+def shared_bytes(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> int:
+    """Compile one kernel for one GPU and return the shared memory of a block."""
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    assert compiled.asm["cubin"], "ptxas made nothing"
+    return int(compiled.metadata.shared)
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps(
+            {
+                f"{name} sm_{capability}": shared_bytes(kernel, types, constants, capability)
+                for name, kernel, types, constants in CASES
+                for capability in map(int, sys.argv[1:])
+            }
+        )
+    )
