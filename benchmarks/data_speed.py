@@ -163,7 +163,7 @@ def measure(tokenizer: PreTrainedTokenizerBase, data: Path, num_batches: int) ->
 
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
-    packages = ("nemo_automodel", "torch", "transformers", "tokenizers", "numpy")
+    packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": "python benchmarks/data_speed.py --tokenizer DIR",

@@ -5,15 +5,15 @@
 Three parts. **Kernels**: every Triton kernel in bf16 against a float64 oracle, on odd shapes; its error may be at most
 1.1 times that of the same formula in plain bf16 PyTorch. **Layers**: output and every LoRA gradient of one full-size
 layer of each family in bf16 against the same Hugging Face layer in fp32: cosine at least 0.9999, norm ratio 0.99 to
-1.01. With 8-bit weights 1 − cosine may be at most 1.1 times that of the same layer with the same roundings and all else
-in fp32 ("emulated"), so that the check sees faults and not the scheme; what the scheme costs is printed beside it.
+1.01. With 8-bit weights two things are asked: a cosine of at least 0.998, which the scheme itself misses on these
+random weights, and that 1 − cosine is at most 1.1 times that of the same layer with the same roundings and all else in
+fp32 ("emulated"), so that a fault of the computation shows apart from the scheme.
 
 **Steps**: whole optimizer steps of LoRA training, r 16 on all linear layers, 16 micro-batches of 2 × 4096 random tokens
 over the full vocabulary, every token labelled, clipping and AdamW inside the clock, weights made on the device: the
 fast path, the same with 8-bit weights, and Hugging Face's layers with this project's adapters, SDPA and the default
 loss; ``--cases "fast:swiglu_products=0"`` makes another choice of `fast/choices.py`. TFLOP/s are hardware operations by
-the formula in
-`lora_flops_per_token`; a rate above the device's peak is refused. Exit status 1 when a check fails.
+the formula in `lora_flops_per_token`; a rate above the device's peak is refused. Exit status 1 when a check fails.
 
 `--device cpu --small` runs the script itself on any machine.
 """
@@ -48,7 +48,7 @@ from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import Adapter
 from nemo_automodel.components.fast.weight_store import DenseStore, Fp8Store, WeightStore
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
-from nemo_automodel.kernels import fp8, linear_ce, norm, rope, swiglu, swiglu_lora
+from nemo_automodel.kernels import fp8, linear_ce, norm, rope, swiglu_lora
 from nemo_automodel.kernels.jit import HAS_TRITON
 from nemo_automodel.kernels.lora import Update, add_update_reference, add_update_triton
 
@@ -63,6 +63,7 @@ SHAPES = {
 BASE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"vocab_size": 512, "head_dim": 16}
+FP8_COSINE = 0.998
 LORA_RANK = 16
 
 
@@ -186,12 +187,12 @@ def swiglu_case() -> Case:
     grad = torch.autograd.grad(h, leaf, dh.double())[0]
     results = []
     for forward, backward in (
-        (swiglu.swiglu_triton, swiglu.swiglu_backward_triton),
-        (swiglu.swiglu_reference, swiglu.swiglu_backward_reference),
+        (swiglu_lora.swiglu_lora_triton, swiglu_lora.swiglu_lora_backward_triton),
+        (swiglu_lora.swiglu_lora_reference, swiglu_lora.swiglu_lora_backward_reference),
     ):
         out, work, again = _nan(rows, width + 64)[:, :width], gate_up.clone(), dh.clone()
-        forward(gate_up, out)
-        backward(again, work)
+        forward(gate_up, out, None, None, 0)
+        backward(again, work, None, None, None, ())
         results.append((out, work, again))
     oracle = (h.detach(), grad, h.detach())
     return {f"swiglu {n}": (a, b, c) for n, a, b, c in zip(("h", "dgate_up", "h again"), *results, oracle, strict=True)}
@@ -400,6 +401,10 @@ def check_layer(family: str, args: argparse.Namespace, failures: list[str]) -> d
             least = 1 - 1.1 * (1 - scheme[0]) - 1e-4
             if name in ("fast", "fp8") and not (cosine >= least and 0.99 <= ratio / scheme[1] <= 1.01):
                 failures.append(f"layer {family} {name} {key}: cosine {cosine:.6f} < {least:.6f} or ratio {ratio:.4f}")
+            if name == "fp8" and cosine < FP8_COSINE:
+                failures.append(
+                    f"layer {family} fp8 {key}: cosine {cosine:.6f} < {FP8_COSINE}, emulated {scheme[0]:.6f}"
+                )
     print(f"layer {family}: " + ", ".join(f"{key} {value:.6f}" for key, value in summary.items()))
     del model, models, results
     gc.collect()

@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +28,6 @@ from nemo_automodel.kernels import swiglu_lora as module
 from nemo_automodel.kernels.lora import Update, add_update_
 from nemo_automodel.kernels.norm import rms_norm, rms_norm_backward
 from nemo_automodel.kernels.rope import QKVLayout, rotate_qkv, rotate_qkv_backward
-from nemo_automodel.kernels.swiglu import swiglu, swiglu_backward
 
 D, F, HEADS, KV_HEADS, E, VOCAB, RANK = 4096, 14336, 32, 8, 128, 128256, 64
 MATRICES = {"qkv": (D, (HEADS + 2 * KV_HEADS) * E), "o": (D, D), "gate_up": (D, 2 * F), "down": (F, D)}
@@ -117,8 +117,9 @@ def time_elementwise(tokens: int) -> None:
     measure("copy into a wide buffer", lambda: out.copy_(x), gigabytes=2 * unit)
     gate_up, h = random(tokens, 2 * F + RANK)[:, : 2 * F], random(tokens, F + RANK)[:, :F]
     dh, unit = random(tokens, F), tokens * F * 2 / 1e9
-    measure("swiglu", lambda: swiglu(gate_up, h), gigabytes=3 * unit)
-    measure("swiglu backward", lambda: swiglu_backward(dh, gate_up), gigabytes=6 * unit)
+    measure("swiglu", lambda: module.swiglu_lora(gate_up, h, None, None, 0), gigabytes=3 * unit)
+    backward = partial(module.swiglu_lora_backward, dh, gate_up, None, None, None, ())
+    measure("swiglu backward", backward, gigabytes=6 * unit)
 
 
 def time_swiglu_lora(tokens: int) -> None:

@@ -1,9 +1,13 @@
-"""SwiGLU with the LoRA products around it: updates are added to what it reads, products of what it writes are made.
+"""SwiGLU, ``h = silu(gate) · up`` (Shazeer 2020), with the LoRA products around it.
+
+Gate and up are the halves of one matrix, as the fused projection writes it. The backward pass overwrites them with
+their own gradients and ``dh`` with ``h``, which the weight gradients of the next layer need: no new memory, but it runs
+once.
 
 Between the projections of an MLP lie four products of low rank that each cost a pass over the widest matrices of the
 model when they stand alone: the update of gate and up, ``low·(s·B)ᵀ``; the next projection's ``h·Aᵀ``; on the way back
 the update of dh, ``dlow·A``; and ``d(gate, up)·(s·B)``. SwiGLU reads and writes those matrices anyway, so it does all
-four on the matrix units, tile by tile. The arithmetic is that of `kernels.swiglu`: fp32, every result rounded once.
+four on the matrix units, tile by tile, and each can be left out. Arithmetic is fp32, every result is rounded once.
 
 A program owns some rows and a piece of the columns, so a row's products of low rank come as one partial sum for each
 piece, fp32, added up afterwards in a fixed order: results do not depend on timing.
@@ -17,7 +21,6 @@ import torch
 
 from nemo_automodel.kernels.jit import jit, runs_triton, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, Update, block_r, update_tile
-from nemo_automodel.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
 BLOCK_T, BLOCK_N, NUM_WARPS, PIECES = 32, 64, 4, 8
 """Rows and columns of a tile, warps of a program, pieces of a row."""
@@ -70,7 +73,8 @@ def swiglu_lora_reference(
     math_dtype = torch.promote_types(gate_up_TG.dtype, torch.float32)
     if update is not None:
         gate_up_TG = gate_up_TG.to(math_dtype) + update.product(math_dtype)
-    swiglu_reference(gate_up_TG, out_TF)
+    gate, up = gate_up_TG.to(math_dtype).chunk(2, dim=-1)
+    out_TF.copy_(torch.nn.functional.silu(gate) * up)
     return None if a_RF is None else torch.mm(out_TF, a_RF.t())
 
 
@@ -89,9 +93,12 @@ def swiglu_lora_backward_reference(
         gate_up = gate_up + update.product(math_dtype)
     if dh_update is not None:
         dh = dh + dh_update.product(math_dtype)
-    swiglu_backward_reference(dh, gate_up)
-    dh_TF.copy_(dh)
-    gate_up_TG.copy_(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate, dup = dh * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * silu
+    dh_TF.copy_(silu * up)  # dh and gate may be views of what is overwritten here
+    gate_up_TG.copy_(torch.cat([dgate, dup], dim=-1))
     return None if b_GR is None else torch.mm(gate_up_TG, b_GR)
 
 

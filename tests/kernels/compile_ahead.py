@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nemo_automodel.kernels import fp8, linear_ce, lora, norm, rope, swiglu, swiglu_lora
+from nemo_automodel.kernels import fp8, linear_ce, lora, norm, rope, swiglu_lora
 
 _ROPE = {"NUM_Q": 32, "NUM_KV": 8, "HEAD": 128, "HAS_BIAS": True, "HAS_NORM": True, "BLOCK_H": 16, "BLOCK_E": 64}
 _SWIGLU_LORA = {"HAS_UPDATE": True, "GATE_FROM": 0, "UP_FROM": 64, "UP_TO": 128, "BLOCK_R": 64, "A_RANK": 64}
@@ -34,8 +34,6 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     ),
     ("rope forward", rope._rope_forward_kernel, {"rstd_ptr": "*fp32", "eps": "fp32"}, _ROPE),
     ("rope backward", rope._rope_backward_kernel, {"rstd_ptr": "*fp32"}, _ROPE),
-    ("swiglu forward", swiglu._swiglu_forward_kernel, {}, {"BLOCK": 1024}),
-    ("swiglu backward", swiglu._swiglu_backward_kernel, {}, {"BLOCK": 1024}),
     (
         "cross entropy",
         linear_ce._cross_entropy_kernel,

@@ -65,18 +65,58 @@ def test_forward_and_backward(forward, backward, dtype, parts, shape):
 
 
 @pytest.mark.parametrize(("forward", "backward"), RUNS)
-def test_every_product_can_be_left_out(forward, backward):
-    torch.manual_seed(0)
-    gate_up, dh, h = torch.randn(5, 2 * 9), torch.randn(5, 9), filled(5, 9, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 1), (3, 7), (2, 130), (4, 1029)])
+def test_every_product_can_be_left_out(forward, backward, dtype, shape):
+    torch.manual_seed(shape[1])
+    rows, width = shape
+    gate_up = in_wider_buffer((torch.randn(rows, 2 * width) * 3).to(dtype), 5)
+    gate_up[0, 0] = 200.0  # exp overflows on one side
+    gate_up[-1, 0] = -200.0
+    dh = torch.randn(shape).to(dtype)
     leaf = gate_up.double().requires_grad_()
     gate, up = leaf.chunk(2, dim=-1)
-    oracle = gate * torch.sigmoid(gate) * up
-    grad = torch.autograd.grad(oracle, leaf, dh.double())[0]
-    assert forward(gate_up, h, None, None, 0) is None
-    assert_close(h, oracle.detach())
-    assert backward(dh, gate_up, None, None, None, ()) is None
-    assert_close(dh, oracle.detach())
-    assert_close(gate_up, grad)
+    oracle_h = gate * torch.sigmoid(gate) * up
+    oracle_d = torch.autograd.grad(oracle_h, leaf, dh.double())[0]
+
+    results = {}
+    for name, fwd, bwd in (
+        ("checked", forward, backward),
+        ("plain", swiglu_lora.swiglu_lora_reference, swiglu_lora.swiglu_lora_backward_reference),
+    ):
+        h = in_wider_buffer(filled(*shape, dtype=dtype), 3)
+        assert fwd(gate_up, h, None, None, 0) is None
+        work, dh_work = gate_up.clone(), in_wider_buffer(dh, 2)
+        assert bwd(dh_work, work, None, None, None, ()) is None
+        results[name] = h, work, dh_work
+    oracles = oracle_h.detach(), oracle_d, oracle_h.detach()
+    for checked, oracle, plain in zip(results["checked"], oracles, results["plain"], strict=True):
+        assert_close(checked, oracle, plain)
+
+
+@needs_triton
+def test_more_ranks_than_a_tile_holds(monkeypatch):
+    """The road a GPU takes for a large rank: updates in several tiles, products of low rank on their own."""
+    monkeypatch.setattr(swiglu_lora, "runs_triton", lambda tensor: True)
+    torch.manual_seed(0)
+    rows, width, parts, ranks = 5, 37, ((0, 70), (70, 140)), 140
+    gate_up, dh, h = torch.randn(rows, 2 * width), torch.randn(rows, width), filled(rows, width, dtype=torch.float32)
+    low, dlow, a = torch.randn(rows, ranks), torch.randn(rows, ranks), torch.randn(ranks, width) * 0.1
+    b = torch.zeros(2 * width, ranks)
+    for index, (first, to) in enumerate(parts):
+        b[index * width : (index + 1) * width, first:to] = torch.randn(width, to - first) * 0.1
+    leaf = gate_up.double().requires_grad_()
+    gate, up = (leaf + low.double() @ b.double().t()).chunk(2, dim=-1)
+    oracle_h = gate * torch.sigmoid(gate) * up
+    oracle_d = torch.autograd.grad(oracle_h, leaf, dh.double() + dlow.double() @ a.double())[0]
+    oracle_h = oracle_h.detach()
+    update, dh_update = Update(low, b.t(), parts), Update(dlow, a, ((0, ranks),))
+    assert_close(swiglu_lora.swiglu_lora(gate_up, h, update, a, ranks), oracle_h @ a.double().t())
+    assert_close(h, oracle_h)
+    product = swiglu_lora.swiglu_lora_backward(dh, gate_up, update, dh_update, b, parts)
+    assert_close(product, oracle_d @ b.double())
+    assert_close(dh, oracle_h)
+    assert_close(gate_up, oracle_d)
 
 
 @pytest.mark.parametrize(

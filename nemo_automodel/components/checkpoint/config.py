@@ -76,7 +76,12 @@ class CheckpointingConfig:
         """Return a line for each key that has no effect in this run."""
         found = [
             f"`checkpoint.{key}` has no effect on one process, which writes the final files directly."
-            for key, default in (("staging_dir", None), ("single_rank_consolidation", False), ("cpu_offload", False))
+            for key, default in (
+                ("staging_dir", None),
+                ("single_rank_consolidation", False),
+                ("consolidation_timeout_minutes", 30),
+                ("cpu_offload", False),
+            )
             if getattr(self, key) != default
         ]
         if self.wait_for_staging and not self.is_async:

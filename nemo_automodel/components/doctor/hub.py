@@ -308,8 +308,7 @@ def check_scopes(token: Token | None, env: Mapping[str, str], allowed: bool) -> 
             check,
             NOTE,
             f"what the token may do is unknown: {why} forbids to ask the Hub",
-            f"It is listed at {page}. A gated model needs read access to gated repositories, `automodel push` write "
-            "access.",
+            f"It is listed at {page}. A gated model needs read access to gated repositories, `hf upload` write access.",
             ("automodel doctor",) if not off else (f"env {' '.join(f'-u {name}' for name in off)} automodel doctor",),
             {"asked": False, "role": None},
         )
@@ -366,8 +365,8 @@ def judge_scopes(answer: Answer, token: Token, env: Mapping[str, str]) -> Findin
             check,
             NOTE,
             "the token may read, not write",
-            "Training needs no more. `automodel push` and `hf upload` are refused with 403 Forbidden: they need a "
-            f"token with *write* access, made at {page}.",
+            "Training needs no more. `hf upload` is refused with 403 Forbidden: it needs a token with *write* access, "
+            f"made at {page}.",
             (LOGIN,),
             facts,
         )
@@ -395,7 +394,7 @@ def _judge_fine_grained(scopes: Mapping[str, Any], page: str, facts: dict[str, A
             check,
             NOTE,
             "the token is fine-grained, may read gated repositories and not write",
-            f"Training needs no more. `automodel push` is refused with 403 Forbidden: it needs write access: {page}",
+            f"Training needs no more. `hf upload` is refused with 403 Forbidden: it needs write access: {page}",
             (LOGIN,),
             facts,
         )

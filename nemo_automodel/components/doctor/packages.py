@@ -23,6 +23,7 @@ ROOT = Path(nemo_automodel.__file__).resolve().parents[1]
 _DEVELOPERS = "dev"
 _ENABLES = {
     "qlora": "bases in 4 or 8 bits (QLoRA)",
+    "kernels": "the fast layers, where PyTorch did not bring Triton",
     "demo": "the quickstart's model",
     "tensorboard": "the tracker TensorBoard",
     "wandb": "the tracker Weights & Biases",
