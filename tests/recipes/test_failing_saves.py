@@ -166,7 +166,7 @@ class StopsWhileValidating(TrainFinetuneRecipeForNextTokenPrediction):
         def counting(batch):
             self.num_batches += 1
             if self.num_batches == number:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return evaluate(batch)
 
         engine.evaluate = counting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -146,7 +145,7 @@ class StopsAt(TrainFinetuneRecipeForNextTokenPrediction):
 
     def train_step(self, batches):
         if self.schedule.step - 1 == self.stop:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return super().train_step(batches)
 
 

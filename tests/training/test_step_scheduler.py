@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 from dataclasses import replace
 
@@ -196,7 +195,7 @@ def test_a_signal_ends_the_session_after_a_step_that_is_saved_and_not_validated(
     seen = []
     for planned, _ in scheduler:
         if planned.index == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         step = scheduler.poll(planned)
         seen.append((step.index, step.is_preempted, step.is_last, step.validates, step.saves))
         state = scheduler.state_dict()
@@ -213,7 +212,7 @@ def test_a_signal_after_the_poll_counts_for_the_next_step():
         step = scheduler.poll(planned)
         seen.append((step.index, step.saves))
         if step.index == 1:  # while the step is validated, say
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
     assert seen == [(0, False), (1, False), (2, True)]
 
 
@@ -222,9 +221,9 @@ def test_a_second_ctrl_c_stops_at_once():
     scheduler = StepScheduler(config, SizedLoader(10))
     steps = iter(scheduler)
     next(steps)
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     steps.close()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

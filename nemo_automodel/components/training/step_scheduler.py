@@ -21,6 +21,7 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -312,7 +313,8 @@ class _SignalWatch:
         self._note(signal.Signals(number))
         if number == signal.SIGINT:  # a person who presses Ctrl-C twice does not want to wait for a checkpoint
             signal.signal(number, self._previous[number])
-            os.write(2, _CTRL_C_NOTE)  # at once, and safe inside of a signal handler
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                os.write(2, _CTRL_C_NOTE)  # at once, and safe inside of a signal handler
 
 
 def _length(loader: TrainLoader) -> int | None:
