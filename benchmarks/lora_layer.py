@@ -12,6 +12,7 @@ launches, so products run warm but not as power-limited as in a step.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -128,29 +129,22 @@ def time_swiglu_lora(tokens: int) -> None:
     gate_up, h, dh = random(tokens, 2 * F + RANK)[:, : 2 * F], random(tokens, F + RANK)[:, :F], random(tokens, F)
     low, dlow, a, b = random(tokens, RANK), random(tokens, RANK), random(RANK, F), random(2 * F, RANK)
     update, dh_update = Update(low, b.t(), parts), Update(dlow, a, ((0, 16),))
-    tiles = [(32, 64, 4, 8), (32, 64, 4, 16), (32, 64, 4, 4), (32, 128, 4, 8), (32, 128, 8, 8), (64, 64, 4, 8)]
-    tiles += [(64, 128, 8, 8), (16, 128, 4, 8), (64, 64, 8, 16), (128, 64, 8, 8), (16, 64, 2, 8)]
-    for tile in tiles:
+    runs = {
+        "swiglu": (3, lambda: module.swiglu_lora(gate_up, h, None, None, 0)),
+        "swiglu, h·A": (3, lambda: module.swiglu_lora(gate_up, h, None, a, 16)),
+        "swiglu, update": (3, lambda: module.swiglu_lora(gate_up, h, update, None, 0)),
+        "swiglu, update, h·A": (3, lambda: module.swiglu_lora(gate_up, h, update, a, 16)),
+    }
+    for with_update, with_dlow, with_b in itertools.product((False, True), repeat=3):
+        name = "swiglu backward" + ", update" * with_update + ", dlow·A" * with_dlow + ", d·B" * with_b
+        arguments = (update if with_update else None, dh_update if with_dlow else None, b if with_b else None, parts)
+        runs[name] = (6, partial(module.swiglu_lora_backward, dh, gate_up, *arguments))
+    for tile in [(64, 64, 4, 8), (32, 64, 4, 8), (32, 64, 8, 8), (64, 64, 8, 8), (32, 32, 2, 8), (64, 32, 4, 8)]:
         module.BLOCK_T, module.BLOCK_N, module.NUM_WARPS, module.PIECES = tile
-        measure(f"swiglu, h·A {tile}", lambda: module.swiglu_lora(gate_up, h, None, a, 16), gigabytes=3 * unit)
-        measure(
-            f"swiglu, update, h·A {tile}", lambda: module.swiglu_lora(gate_up, h, update, a, 16), gigabytes=3 * unit
-        )
-        measure(
-            f"swiglu backward, dlow·A, d·B {tile}",
-            lambda: module.swiglu_lora_backward(dh, gate_up, None, dh_update, b, parts),
-            gigabytes=6 * unit,
-        )
-        measure(
-            f"swiglu backward, update, dlow·A, d·B {tile}",
-            lambda: module.swiglu_lora_backward(dh, gate_up, update, dh_update, b, parts),
-            gigabytes=6 * unit,
-        )
-        measure(
-            f"swiglu backward, update, dlow·A {tile}",
-            lambda: module.swiglu_lora_backward(dh, gate_up, update, dh_update, None, parts),
-            gigabytes=6 * unit,
-        )
+        for name, (passes, run) in runs.items():
+            gate_up.normal_()
+            dh.normal_()
+            measure(f"{name} {tile}", run, gigabytes=passes * unit)
     y, residual, low = random(tokens, D), random(tokens, D), random(tokens, RANK)
     update = Update(low, random(D, RANK).t(), ((0, 16),))
     measure(

@@ -22,7 +22,7 @@ import torch
 from nemo_automodel.kernels.jit import jit, runs_triton, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, Update, block_r, update_tile
 
-BLOCK_T, BLOCK_N, NUM_WARPS, PIECES = 32, 64, 4, 8
+BLOCK_T, BLOCK_N, NUM_WARPS, PIECES = 64, 64, 4, 8
 """Rows and columns of a tile, warps of a program, pieces of a row."""
 
 
