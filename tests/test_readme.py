@@ -102,7 +102,7 @@ def check_automodel(args: list[str]) -> None:
         assert args[0] in subcommands(), f"`automodel {args[0]}` is no subcommand; there are {subcommands()}"
         parser = argparse.ArgumentParser(exit_on_error=False)
         importlib.import_module("nemo_automodel.cli." + args[0].replace("-", "_")).add_arguments(parser)
-        if args[0] == "inspect":  # its other words are those of a run
+        if args[0] in ("inspect", "plan"):  # its other words are those of a run
             load(["-c", *parser.parse_known_args(args[1:])[1]])
         else:
             parser.parse_args(args[1:])

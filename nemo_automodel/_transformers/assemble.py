@@ -78,7 +78,7 @@ def assemble(plan: AssemblyPlan) -> PreTrainedModel:
         UserError: weights are missing or do not fit, targets match nothing, or the model cannot do what is asked.
     """
     model = _build(plan) if plan.source is None else _load(plan, plan.source)
-    _freeze(model, plan.freeze)
+    freeze(model, plan.freeze)
     if plan.peft is not None:
         num_layers = apply_lora(model, plan.peft)
         logger.info("LoRA on %d linear layers, rank %d.", num_layers, plan.peft.dim)
@@ -86,7 +86,7 @@ def assemble(plan: AssemblyPlan) -> PreTrainedModel:
         model.to(plan.device)  # type: ignore[arg-type]
     is_fast = use_fast_layers(model, _fast_request(plan))
     if plan.activation_checkpointing != "none" and not is_fast:
-        _recompute_activations(model, plan.activation_checkpointing)
+        recompute_activations(model, plan.activation_checkpointing)
     _compile(model, plan.compile, plan.compile_layers)
     return model
 
@@ -175,7 +175,7 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], source: str) -
         logger.info("%d weights of `%s` are not used, the first is %s.", len(unexpected), source, unexpected[0])
 
 
-def _freeze(model: PreTrainedModel, freeze: dict[str, bool]) -> None:
+def freeze(model: PreTrainedModel, freeze: dict[str, bool]) -> None:
     """Turn gradients off for the embeddings and for modules whose names hold the words of `FREEZE_KEYS`."""
     if freeze.get("freeze_embeddings"):
         embeddings = model.get_input_embeddings()
@@ -191,7 +191,12 @@ def _freeze(model: PreTrainedModel, freeze: dict[str, bool]) -> None:
             logger.info("`%s`: %d weights frozen.", key, len(frozen))
 
 
-def _recompute_activations(model: PreTrainedModel, policy: str) -> None:
+def recompute_activations(model: PreTrainedModel, policy: str) -> None:
+    """Have Transformers' decoder layers make activations again in the backward pass, ``selective`` or ``full``.
+
+    Raises:
+        UserError: the model cannot.
+    """
     if not model.supports_gradient_checkpointing:
         raise UserError(
             f"{type(model).__name__} cannot recompute activations. Set `distributed.activation_checkpointing: false`."

@@ -11,7 +11,7 @@ Transformers' modules, which hold the same weights.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -61,7 +61,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     Raises:
         UserError: ``on`` was asked for and they do not apply.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = _layers(model)
     reason = _obstacle(model, layers, request)
     if reason is not None:
         if request.wish == "on":
@@ -80,6 +80,15 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     logger.info("Decoder layers: fast (%d of %d, %s; recomputed: %s).", total, total, name, request.recompute)
     return True
+
+
+def why_plain(model: PreTrainedModel, request: FastRequest) -> str | None:
+    """Return why Transformers' layers would compute on a machine that has all the fast ones need; None if they do."""
+    return _obstacle(model, _layers(model), replace(request, wish="off" if request.wish == "off" else "on"))
+
+
+def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def attention_for(module: nn.Module, mask: torch.Tensor | None) -> Attention | None:

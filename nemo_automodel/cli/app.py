@@ -26,6 +26,7 @@ TOOLS = {
     "generate": "generate",
     "chat": "chat",
     "inspect": "inspect",
+    "plan": "plan",
     "report": "report",
     "replay": "replay",
     "doctor": "doctor",
@@ -33,7 +34,7 @@ TOOLS = {
     "quickstart": "quickstart",
 }
 # tools whose other words are overrides, or a config file and overrides
-_TOOLS_OF_A_CONFIG = ("inspect", "replay")
+_TOOLS_OF_A_CONFIG = ("inspect", "plan", "replay")
 _TASKS = ("finetune", "pretrain", "kd", "benchmark")
 _DOMAINS = ("llm", "vlm")
 _USAGE = """\

@@ -14,6 +14,7 @@ from nemo_automodel.components.config._arg_parser import parse_args_and_load_con
 from nemo_automodel.recipes.base_recipe import BaseRecipe
 from nemo_automodel.recipes.data_check import DataCheck, limits_of
 from nemo_automodel.recipes.llm.text_data import TextData, model_path_of
+from nemo_automodel.recipes.settings import RunSettings
 from nemo_automodel.shared.errors import UserError
 
 
@@ -47,7 +48,7 @@ class TrainFinetuneRecipeForNextTokenPrediction(BaseRecipe):
     def build_model(self) -> None:
         """Load or make the model, with its adapter where there is one."""
         peft = None if self.settings.peft is None else self.settings.peft.instantiate()
-        wishes = self._wishes(peft)
+        wishes = model_wishes(self.settings, peft)
         target = targets.resolve(self.settings.model.get("_target_"), "model._target_")
         if target.__module__ == auto_model.__name__:
             wishes["autocast_dtype"] = self.settings.distributed.autocast_dtype
@@ -60,23 +61,23 @@ class TrainFinetuneRecipeForNextTokenPrediction(BaseRecipe):
                 )
             self.model = self.settings.model.instantiate().to(self.device)
 
-    def _wishes(self, peft: Any) -> dict[str, Any]:
-        """Return what the settings ask of the model beyond its own section."""
-        settings = self.settings
-        wishes: dict[str, Any] = {}
-        if peft is not None:
-            wishes["peft_config"] = peft
-        if settings.quantization is not None:
-            wishes["quantization_config"] = settings.quantization
-        if settings.compile.enabled:
-            wishes["compile_config"] = settings.compile
-        if settings.distributed.enable_compile:
-            wishes["compile_layers"] = True
-        if settings.freeze_embeddings:
-            wishes["freeze_config"] = {"freeze_embeddings": True}
-        if settings.distributed.recompute_policy() != "none":
-            wishes["activation_checkpointing"] = settings.distributed.recompute_policy()
-        return wishes
+
+def model_wishes(settings: RunSettings, peft: Any) -> dict[str, Any]:
+    """Return what the settings ask of the model beyond its own section, as keywords of `NeMoAutoModelForCausalLM`."""
+    wishes: dict[str, Any] = {}
+    if peft is not None:
+        wishes["peft_config"] = peft
+    if settings.quantization is not None:
+        wishes["quantization_config"] = settings.quantization
+    if settings.compile.enabled:
+        wishes["compile_config"] = settings.compile
+    if settings.distributed.enable_compile:
+        wishes["compile_layers"] = True
+    if settings.freeze_embeddings:
+        wishes["freeze_config"] = {"freeze_embeddings": True}
+    if settings.distributed.recompute_policy() != "none":
+        wishes["activation_checkpointing"] = settings.distributed.recompute_policy()
+    return wishes
 
 
 def main(config_path: str | Path | None = None) -> None:

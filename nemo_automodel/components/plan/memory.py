@@ -1,0 +1,169 @@
+"""Peak device memory of a run, term by term. Free of torch.
+
+A step's peak lies either where the loss is made, all layers' activations kept, or in the backward pass of the last
+layer. Both are the sum of what stays (weights, adapters, optimizer) and of what a micro-batch keeps; the larger is the
+answer. The formulae of the fast layers follow `components/fast/decoder_layer.py`, tensor by tensor; those of
+Transformers' layers are measured on the model's outline (`_transformers/outline.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_automodel.components.plan.machines import GIB
+from nemo_automodel.components.plan.workload import Linear, Workload, rank_width
+
+CHUNK_ROWS = 2048
+"""Rows of logits that the loss of a frozen head holds at once."""
+_LIBRARY_BYTES = 72 * 2**20
+"""Workspaces of the matrix libraries."""
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in 4 bits with scales in 8 bits for every 64 weights."""
+_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of device memory at the peak of a step, by what they are for."""
+
+    weights: int
+    embeddings: int
+    trainable: int
+    """Adapters or weights that learn: themselves, where they are kept beside the base, and their gradients."""
+    optimizer: int
+    activations: int
+    working: int
+    """The layer at work, the loss, workspaces."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.embeddings + self.trainable + self.optimizer + self.activations + self.working
+
+    def terms(self) -> dict[str, float]:
+        """Return the terms in GiB, by name."""
+        return {name: getattr(self, name) / GIB for name in self.__dataclass_fields__}
+
+
+def peak(load: Workload) -> Memory:
+    """Return the memory of ``load`` at its peak."""
+    shape = load.shape
+    embedding_bytes = load.trainable_bytes if load.is_full else load.weight_bytes
+    trained = load.num_trainable
+    own = 0 if load.is_full else load.trainable_bytes  # full training: the weights are counted as weights
+    return Memory(
+        weights=int(_weight_bytes(load) + shape.num_other * load.weight_bytes),
+        embeddings=(shape.num_embedding + shape.num_head) * embedding_bytes,
+        trainable=int(trained * (own + load.trainable_bytes)),
+        optimizer=int(trained * load.state_bytes),
+        activations=int(_kept(load)),
+        working=int(_working(load)),
+    )
+
+
+def _weight_bytes(load: Workload) -> float:
+    """Return the bytes of the linear layers of all decoder layers."""
+    linears = load.shape.linears
+    if load.is_full:
+        return load.shape.num_linear * load.trainable_bytes
+    if load.store == "nf4":
+        return load.shape.num_linear * _NF4_BYTES + _folded(load)
+    if load.store == "int8":
+        return load.shape.num_linear + sum(4 * x.count * x.num_out for x in linears)
+    if load.store == "fp8":
+        scales = sum(4 * x.count * (x.num_out + (x.num_in if load.fp8_copies == 2 else 0)) for x in linears)
+        return load.shape.num_linear * load.fp8_copies + scales + _folded(load)
+    return load.shape.num_linear * load.weight_bytes + _folded(load)
+
+
+def _folded(load: Workload) -> float:
+    """Return the bytes of the adapters' copies in the packed matrices of the fast layers."""
+    if load.plain is not None:
+        return 0
+    total = 0
+    for num_in, num_out, rank, count in _packs(load):
+        width = rank_width(rank)
+        corner = width * width if load.store == "dense" else 0
+        total += count * (width * (num_in + num_out) + corner) * load.weight_bytes
+    return total
+
+
+def _packs(load: Workload) -> list[tuple[int, int, int, int]]:
+    """Return inputs, outputs, ranks and number of every packed matrix."""
+    by_name = {linear.name: linear for linear in load.shape.linears}
+    packs = []
+    for names in _GROUPS:
+        members: list[Linear] = [by_name[name] for name in names if name in by_name]
+        if members:
+            ranks = sum(member.rank for member in members)
+            packs.append((members[0].num_in, sum(m.num_out for m in members), ranks, members[0].count))
+    return packs
+
+
+def _kept(load: Workload) -> float:
+    """Return what the layers keep from the forward pass, and the hidden states around them."""
+    around = 3 * load.tokens * load.shape.hidden_size * load.weight_bytes  # the last output, its norm, its gradient
+    if load.plain is not None:
+        return load.plain.kept + around
+    return load.tokens * load.shape.num_layers * fast_kept(load, load.recompute) + around
+
+
+def fast_kept(load: Workload, recompute: str) -> float:
+    """Return the bytes that one fast layer keeps for a token."""
+    if recompute == "full":
+        return load.shape.hidden_size * load.weight_bytes
+    return _fast_kept(load, keeps_gate_up=recompute != "selective")
+
+
+def _fast_kept(load: Workload, keeps_gate_up: bool) -> float:
+    shape = load.shape
+    widths = [rank_width(rank) for _, _, rank, _ in _packs(load)]
+    margins = widths if load.store == "dense" and load.dropout == 0 else [0] * len(widths)
+    qkv, o, gate_up = margins[0], margins[1], margins[2]
+    intermediate = next(x.num_out for x in shape.linears if x.name == "gate_proj")
+    elements = shape.hidden_size  # the input
+    elements += shape.q_width + 2 * shape.kv_width + qkv
+    if shape.has_qk_norm:  # finished queries and keys lie beside the raw ones
+        elements += shape.q_width + shape.kv_width
+    elements += shape.q_width  # attention's output
+    elements += shape.hidden_size + o  # the middle of the residual stream
+    elements += 2 * intermediate + gate_up if keeps_gate_up else 0
+    elements += sum(widths)
+    numbers = 2 + shape.num_heads + (shape.num_heads + shape.num_kv_heads if shape.has_qk_norm else 0)
+    return elements * load.weight_bytes + 4 * numbers
+
+
+def _working(load: Workload) -> float:
+    """Return the larger of what the loss and what a layer's backward pass need beside what is kept."""
+    shape, tokens = load.shape, load.tokens
+    labelled = tokens * load.labelled_share
+    if load.is_full:  # logits, their gradient, a chunk in fp32
+        loss = 2 * labelled * shape.vocab_size * load.weight_bytes
+    else:
+        rows = min(CHUNK_ROWS, labelled)
+        loss = rows * shape.vocab_size * load.weight_bytes + labelled * shape.hidden_size * load.weight_bytes
+    if load.plain is not None:
+        layer: float = load.plain.working
+    else:
+        layer = tokens * _layer_working(load)
+        layer += tokens * _fast_kept(load, True) if load.recompute == "full" else 0
+    return max(loss, layer + _scratch(load)) + _LIBRARY_BYTES
+
+
+def _layer_working(load: Workload) -> float:
+    """Return the bytes for a token that the backward pass of one fast layer needs at its peak."""
+    shape = load.shape
+    intermediate = next(x.num_out for x in shape.linears if x.name == "gate_proj")
+    gate_up = 2 * intermediate * load.weight_bytes if load.recompute == "selective" else 0
+    swiglu = (intermediate + 2 * shape.hidden_size) * load.weight_bytes
+    if load.store == "fp8":  # gradients of gate and up once more, in 8 bits, and the gradient of their input
+        swiglu = max(swiglu, 2 * intermediate + 2 * shape.hidden_size * load.weight_bytes)
+    return gate_up + swiglu
+
+
+def _scratch(load: Workload) -> float:
+    """Return what unpacking the widest frozen matrix takes."""
+    largest = max((num_in * num_out for num_in, num_out, _, _ in _packs(load)), default=0)
+    if load.store == "nf4":
+        return largest * load.weight_bytes
+    return largest if load.store == "fp8" and load.fp8_copies == 1 else 0

@@ -1,0 +1,102 @@
+"""How long a step takes, by a roofline with measured rates. Free of torch.
+
+Products count their operations, everything else the bytes it moves; attention counts the documents of packed rows.
+What a micro-batch of little work costs is the time to launch its kernels. Operations are those of the hardware: the
+weights' gradients only where they learn, what is recomputed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_automodel.components.plan.machines import Machine
+from nemo_automodel.components.plan.workload import Workload
+
+_FAST_LAUNCHES, _PLAIN_LAUNCHES = 60, 170
+"""Kernels of a layer's forward and backward pass with adapters on every linear layer."""
+_LAUNCH_S = 5.5e-6
+_READS_PER_WRITE = 1.6
+"""Bytes that Transformers' operations read for each that they write."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one micro-batch by part, and of the optimizer's step."""
+
+    products: float
+    attention: float
+    memory: float
+    """Norms, activations, adapters, casts: what moves bytes."""
+    optimizer: float
+    """A step's, not a micro-batch's."""
+    launches: float
+    """A lower bound for the micro-batch."""
+    tokens_per_step: int
+    grad_accum: int
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of an optimizer step."""
+        micro_batch = max(self.products + self.attention + self.memory, self.launches)
+        return self.grad_accum * micro_batch + self.optimizer
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the rows, padding included, in a second."""
+        return self.tokens_per_step / self.step_s
+
+
+def estimate(load: Workload, machine: Machine) -> Speed:
+    """Return the time of a step of ``load`` on ``machine``."""
+    shape, tera = load.shape, 1e12
+    passes = 3.0 if load.is_full else 2.0
+    if load.recompute == "full":
+        passes += 1
+    elif load.recompute == "selective":
+        passes += _share_of(load, ("gate_proj", "up_proj")) if load.plain is None else 0
+    linear = 2 * passes * load.tokens * shape.num_linear
+    rate = machine.fp8_tflops if load.store == "fp8" and machine.fp8_tflops else machine.bf16_tflops
+    head_passes = 3 if load.is_full else 2
+    head = 2 * head_passes * load.tokens * load.labelled_share * shape.hidden_size * shape.vocab_size
+    attended = load.document_len or load.seq_len
+    attention = (3.5 + (load.recompute == "full")) * 2 * shape.num_layers * shape.q_width * attended * load.tokens
+    launches = (_FAST_LAUNCHES if load.plain is None else _PLAIN_LAUNCHES) * shape.num_layers * _LAUNCH_S
+    state = load.num_trainable * (load.trainable_bytes * 4 + 2 * load.state_bytes)
+    return Speed(
+        products=linear / rate / tera + head / machine.bf16_tflops / tera,
+        attention=attention / machine.attention_tflops / tera,
+        memory=_moved_bytes(load) / machine.memory_tb_s / tera,
+        optimizer=state / machine.memory_tb_s / tera,
+        launches=launches * (1 + 0.4 * (load.recompute == "full")),
+        tokens_per_step=load.tokens * load.grad_accum,
+        grad_accum=load.grad_accum,
+    )
+
+
+def _share_of(load: Workload, names: tuple[str, ...]) -> float:
+    chosen = sum(linear.num_weights for linear in load.shape.linears if linear.name in names)
+    return chosen / load.shape.num_linear
+
+
+def _moved_bytes(load: Workload) -> float:
+    """Return the bytes of a micro-batch that no product hides."""
+    shape = load.shape
+    if load.plain is None:
+        intermediate = next(x.num_out for x in shape.linears if x.name == "gate_proj")
+        qkv = shape.q_width + 2 * shape.kv_width
+        # norms, rotation and SwiGLU, both ways; adapters read inputs and output gradients twice each
+        elements = 17 * shape.hidden_size + 5 * qkv + 13 * intermediate
+        elements += 2 * (4 * shape.hidden_size + qkv + 3 * intermediate) if not load.is_full else 0
+        per_token: float = elements * load.weight_bytes * shape.num_layers
+        if load.recompute == "full":
+            per_token *= 1.35
+        if load.store == "fp8":  # casts, and updates that are added afterwards
+            per_token += 3 * (5 * shape.hidden_size + 2 * qkv + 6 * intermediate) * shape.num_layers
+        if load.dropout:
+            per_token += 4 * (2 * shape.hidden_size + qkv) * load.weight_bytes * shape.num_layers
+    else:
+        per_token = load.plain.written * (1 + _READS_PER_WRITE) / load.tokens
+    moved = load.tokens * per_token
+    if load.store in ("nf4", "int8"):  # unpacked for each pass
+        moved += (3 if load.recompute == "full" else 2) * 2.55 * shape.num_linear
+    return moved

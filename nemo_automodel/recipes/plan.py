@@ -1,0 +1,202 @@
+"""What a run would need, before anything is downloaded but the model's config.json.
+
+The configuration is read as the recipe reads it, the model is outlined without weights, and `components/plan` turns
+both into memory and time. Where a run does not fit, the settings nearest to the user's that do are looked for in the
+order of what they cost: recomputing some activations, fewer rows at once (the global batch stays), recomputing all, and
+weights in 8 or 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_automodel._transformers import auto_model, outline
+from nemo_automodel._transformers.outline import Outline, run_plain, shape_of
+from nemo_automodel.components.config import targets
+from nemo_automodel.components.config.loader import ConfigNode
+from nemo_automodel.components.plan import memory, speed
+from nemo_automodel.components.plan.machines import GIB, Machine
+from nemo_automodel.components.plan.workload import Workload
+from nemo_automodel.recipes.llm.text_data import model_path_of
+from nemo_automodel.recipes.llm.train_ft import model_wishes
+from nemo_automodel.recipes.settings import RunSettings, load_settings
+from nemo_automodel.shared.dtypes import parse_dtype
+from nemo_automodel.shared.errors import UserError
+
+_ASSUMED_SEQ_LEN = 1024
+_PROCESS_GIB = 4.0
+"""Host memory of a training process beside its tensors."""
+_SHARD_GIB = 5.0
+"""Weight files are seldom larger."""
+_STATE_BYTES = {"SGD": 0, "Adagrad": 4, "RMSprop": 4, "Lion": 4, "AdamW8bit": 2, "Adam8bit": 2, "PagedAdamW8bit": 2}
+"""Of an optimizer for an fp32 weight; all others keep two numbers, as Adam does."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer: what the run needs on ``machine``, and what would fit instead."""
+
+    machine: Machine
+    load: Workload
+    memory: memory.Memory
+    speed: speed.Speed
+    load_host_gib: float
+    load_device_gib: float
+    checkpoint_gib: float
+    """One checkpoint on disk."""
+    num_steps: int | None
+    notes: tuple[str, ...]
+    alternative: tuple[dict[str, Any], Workload] | None = None
+    """Overrides that make it fit, and what they lead to; None where it fits or nothing does."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory that counts against the machine's: on unified memory the process itself as well."""
+        return self.memory.total + int(_PROCESS_GIB * GIB if self.machine.is_unified else 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits."""
+        return self.needed_bytes <= self.machine.usable_bytes
+
+
+def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -> Plan:
+    """Return the plan of the run that ``config`` describes; ``seq_len`` is the longest row of unpacked data.
+
+    Raises:
+        UserError: the configuration is wrong, or its model is not one that can be outlined.
+    """
+    settings = load_settings(config)
+    found = _outline(settings)
+    load, notes = _workload(settings, found, seq_len)
+    load = _with_plain_run(load, found)
+    needed, fast = memory.peak(load), found.why_plain is None
+    notes = [f"Decoder layers: {'fast' if fast else f'plain Transformers: {found.why_plain}'}.", *notes]
+    if not machine.is_measured:
+        notes.append("Rates of this GPU are scaled from a measured one by the datasheets.")
+    plan = Plan(
+        machine,
+        load,
+        needed,
+        speed.estimate(load, machine),
+        *_loading(load, needed),
+        checkpoint_gib=_checkpoint_gib(load),
+        num_steps=settings.step_scheduler.max_steps,
+        notes=tuple(notes),
+    )
+    if plan.fits:
+        return plan
+    for overrides, other in _alternatives(load, settings):
+        other = _with_plain_run(other, found)
+        candidate = Plan(**{**vars(plan), "load": other, "memory": memory.peak(other)})
+        if candidate.fits:
+            return Plan(**{**vars(plan), "alternative": (overrides, other)})
+    return plan
+
+
+def _outline(settings: RunSettings) -> Outline:
+    target = targets.resolve(settings.model.get("_target_"), "model._target_")
+    if target.__module__ != auto_model.__name__ or "ForCausalLM" not in str(settings.model.get("_target_")):
+        raise UserError(
+            f"`model._target_: {settings.model.get('_target_')}` cannot be planned. "
+            "Use nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained or from_config."
+        )
+    peft = None if settings.peft is None else settings.peft.instantiate()
+    wishes = model_wishes(settings, peft)
+    for key in ("quantization_config", "fp8_config"):
+        wishes.pop(key, None)
+    node = settings.model.copy()
+    node["_target_"] = f"{outline.__name__}.{target.__name__}"
+    found: Outline = node.instantiate(**wishes, autocast_dtype=settings.distributed.autocast_dtype)
+    return found
+
+
+def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tuple[Workload, list[str]]:
+    notes = []
+    schedule, packed = settings.step_scheduler, settings.packed_sequence.packed_sequence_size
+    rows = schedule.local_batch_size
+    length = packed or seq_len or settings.dataset.get("seq_length")
+    if schedule.local_batch_tokens is not None:
+        rows, length = 1, schedule.local_batch_tokens
+    if length is None:
+        length = _ASSUMED_SEQ_LEN
+        notes.append(f"The longest row is taken to have {length:,} tokens; --seq-len says otherwise.")
+    notes.append("Every token is taken to be learned: the worst case for the loss.")
+    lora_dtype = "float32" if settings.peft is None else settings.peft.get("lora_dtype") or "float32"
+    trainable_bytes = found.dtype.itemsize if settings.peft is None else parse_dtype(lora_dtype).itemsize
+    return Workload(
+        shape=shape_of(found, model_path_of(settings.model) or type(found.model).__name__),
+        rows=rows,
+        seq_len=int(length),
+        grad_accum=max(1, schedule.global_batch_size // max(1, schedule.local_batch_size)),
+        store=_store(settings),
+        weight_bytes=found.dtype.itemsize,
+        trainable_bytes=trainable_bytes,
+        state_bytes=_state_bytes(settings, trainable_bytes, notes),
+        is_full=settings.peft is None,
+        recompute=settings.distributed.recompute_policy(),
+        dropout=0.0 if settings.peft is None else float(settings.peft.get("dropout") or 0.0),
+    ), notes
+
+
+def _with_plain_run(load: Workload, found: Outline) -> Workload:
+    if found.why_plain is None:
+        return load
+    return load.changed(plain=run_plain(found, load.rows, load.seq_len, load.recompute))
+
+
+def _store(settings: RunSettings) -> str:
+    if settings.quantization is not None:
+        return "nf4" if settings.quantization.load_in_4bit else "int8"
+    return "fp8" if settings.config.get("fp8.enabled") and settings.peft is not None else "dense"
+
+
+def _state_bytes(settings: RunSettings, trainable_bytes: int, notes: list[str]) -> float:
+    name = str(settings.optimizer.get("_target_")).rpartition(".")[2]
+    if name in _STATE_BYTES:
+        own = _STATE_BYTES[name] + (4 if name == "SGD" and settings.optimizer.get("momentum") else 0)
+        return own if name.endswith("8bit") else own * trainable_bytes / 4
+    if "adam" not in name.lower():
+        notes.append(f"The optimizer {name} is taken to keep two numbers for a weight, as Adam does.")
+    return 2 * trainable_bytes
+
+
+def _loading(load: Workload, needed: memory.Memory) -> tuple[float, float]:
+    """Return the peaks of host and device memory while weights are read, in GiB."""
+    weights = (needed.weights + needed.embeddings) / GIB
+    largest = max(linear.num_in * linear.num_out for linear in load.shape.linears) * load.weight_bytes / GIB
+    return _PROCESS_GIB + min(_SHARD_GIB, load.shape.num_weights * load.weight_bytes / GIB), weights + 3 * largest
+
+
+def _checkpoint_gib(load: Workload) -> float:
+    weights = load.shape.num_weights * load.trainable_bytes if load.is_full else load.num_trainable * 4
+    return (weights + load.num_trainable * load.state_bytes) / GIB
+
+
+def _alternatives(load: Workload, settings: RunSettings) -> Iterator[tuple[dict[str, Any], Workload]]:
+    """Yield changes from the cheapest to the dearest, as overrides and as workloads."""
+    stores: list[tuple[dict[str, Any], str]] = [({}, load.store)]
+    if not load.is_full and load.store == "dense":
+        stores.append(({"quantization.load_in_4bit": True}, "nf4"))
+    policies = ("none", "selective", "full")
+    for of_store, store in stores:
+        for rows in _halves(load.rows if settings.step_scheduler.local_batch_tokens is None else 1):
+            for policy in policies[policies.index(load.recompute) :]:
+                overrides = dict(of_store)
+                if rows != load.rows:
+                    overrides["step_scheduler.local_batch_size"] = rows
+                if policy != load.recompute:
+                    overrides["distributed.activation_checkpointing"] = policy
+                grad_accum = load.grad_accum * load.rows // rows
+                if overrides:
+                    changed = load.changed(store=store, rows=rows, recompute=policy, grad_accum=grad_accum)
+                    yield overrides, changed
+
+
+def _halves(rows: int) -> Iterator[int]:
+    yield rows
+    while rows > 1:
+        rows //= 2
+        yield rows

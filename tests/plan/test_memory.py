@@ -1,0 +1,129 @@
+"""The planner's formulae against the layers themselves, and against what a GPU measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from support.fast_models import adapters_of, fast_model, tokens
+
+from nemo_automodel._transformers import outline
+from nemo_automodel.components._peft.config import PeftConfig
+from nemo_automodel.components.fast import decoder_layer
+from nemo_automodel.components.plan import memory, speed
+from nemo_automodel.components.plan.machines import GIB, MACHINES
+from nemo_automodel.components.plan.workload import Workload
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+LLAMA_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+LORA = PeftConfig(target_modules=["*_proj"], dim=16, alpha=32)
+
+
+@pytest.fixture(scope="module")
+def llama_8b():
+    return outline.from_config(transformers.LlamaConfig(**LLAMA_8B), peft_config=LORA)
+
+
+def load_of(found: outline.Outline, rows: int = 2, seq_len: int = 4096, **more: object) -> Workload:
+    return Workload(outline.shape_of(found, "model"), rows, seq_len, 16, weight_bytes=found.dtype.itemsize, **more)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_a_fast_layer_keeps_what_the_formula_says(family, recompute, monkeypatch):
+    kept = []
+    run = decoder_layer.DecoderCore._run
+
+    def spy(core, x_TD, call, keeps):
+        y_TD, saved = run(core, x_TD, call, keeps)
+        tensors = [x_TD, *(getattr(saved, field.name) for field in fields(saved) if field.name != "graph")]
+        tensors += [*saved.graph[0], saved.graph[1]]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}
+        kept.append(sum(storages.values()))
+        return y_TD, saved
+
+    monkeypatch.setattr(decoder_layer.DecoderCore, "_run", spy)
+    peft = adapters_of(dtype="float32")
+    model = fast_model(family, peft, torch.float32, recompute)
+    ids = tokens(2, 24)
+    model(input_ids=ids, use_cache=False)
+    found = outline.from_config(model.config, peft_config=peft, torch_dtype="float32", fast_layers="on")
+    assert found.why_plain is None
+    load = load_of(found, 2, 24, recompute=recompute)
+    # attention on the CPU keeps its log-sum-exp inside autograd's graph, out of the spy's sight
+    unseen = 4 * load.shape.num_heads
+    assert kept[0] / ids.numel() == memory.fast_kept(load, recompute) - unseen
+
+
+def test_plain_layers_keep_what_autograd_keeps():
+    config = transformers.Olmo2Config(
+        vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, attn_implementation="sdpa", attention_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.base_model(input_ids=torch.zeros((2, 96), dtype=torch.long), use_cache=False)[0]
+        hidden.sum()
+    found = outline.run_plain(outline.from_config(config, torch_dtype="float32"), 2, 96, "none")
+    # the ledger also sees what Python still holds, such as the last hidden state
+    assert found.kept == pytest.approx(sum(kept.values()), rel=0.07)
+    assert found.written > 2 * found.kept
+
+
+def test_an_outline_counts_every_weight(llama_8b):
+    shape = outline.shape_of(llama_8b, "8B")
+    assert shape.num_weights == 8_030_261_248
+    assert shape.num_adapter_weights == 41_943_040
+    assert llama_8b.why_plain is None
+
+
+def test_a_tied_head_is_counted_once():
+    config = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": 2, "tie_word_embeddings": True})
+    shape = outline.shape_of(outline.from_config(config), "tied")
+    assert shape.num_head == 0
+    assert shape.num_weights == sum(p.numel() for p in outline.from_config(config).model.parameters())
+
+
+@pytest.mark.parametrize(("case", "store"), [("fast", "dense"), ("fp8", "fp8")])
+def test_the_plan_meets_the_h100(llama_8b, case, store):
+    measured = json.loads((RESULTS / "fast_core_h100.json").read_text())["steps"][case]
+    load = load_of(llama_8b, store=store)
+    assert memory.peak(load).total / GIB == pytest.approx(measured["peak_gib"], rel=0.02)
+    assert speed.estimate(load, MACHINES["h100"]).tokens_per_s == pytest.approx(measured["tokens_per_s"], rel=0.1)
+
+
+def test_the_plan_meets_the_h100_on_plain_layers(llama_8b):
+    measured = json.loads((RESULTS / "fast_core_h100.json").read_text())["steps"]["plain"]
+    load = load_of(llama_8b, plain=outline.run_plain(llama_8b, 2, 4096, "none"))
+    assert memory.peak(load).total / GIB == pytest.approx(measured["peak_gib"], rel=0.05)
+    assert speed.estimate(load, MACHINES["h100"]).tokens_per_s == pytest.approx(measured["tokens_per_s"], rel=0.1)
+
+
+def test_recomputing_saves_memory_and_costs_time(llama_8b):
+    h100 = MACHINES["h100"]
+    loads = [load_of(llama_8b, recompute=policy) for policy in ("none", "selective", "full")]
+    totals = [memory.peak(load).total for load in loads]
+    rates = [speed.estimate(load, h100).tokens_per_s for load in loads]
+    assert totals == sorted(totals, reverse=True)
+    assert rates == sorted(rates, reverse=True)
+    plain = [outline.run_plain(llama_8b, 1, 2048, policy) for policy in ("none", "full")]
+    assert plain[1].kept < plain[0].kept / 10

@@ -1,0 +1,79 @@
+"""`automodel plan`: what it says, what it returns, and that its advice holds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from support.recipes import recipe_config
+
+from nemo_automodel.cli.app import main
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "torch_dtype": "bfloat16", "tie_word_embeddings": False, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Return a function that writes a recipe beside a model directory that holds a config.json and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "config.json").write_text(json.dumps(LLAMA_8B))
+
+    def write(**more: object) -> str:
+        config = recipe_config("big", "nowhere", tmp_path / "run", model__torch_dtype="auto", **more)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        return "run.yaml"
+
+    return write
+
+
+PEFT = {"target_modules": "*_proj", "dim": 16, "alpha": 32}
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict]:
+    status = main(["plan", *words, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_nothing_but_config_json_is_needed(recipe, capsys):
+    status, found = plan(capsys, recipe(peft=PEFT), "--seq-len", "4096")
+    assert status == 0
+    assert found["fits"]
+    assert found["weights"] == 8_030_261_248
+    assert found["needed_gib"] == pytest.approx(sum(found["memory_gib"].values()), abs=0.05)
+    assert found["hours"] == pytest.approx(50 * found["step_s"] / 3600, abs=0.01)
+
+
+def test_the_overrides_that_it_names_make_the_run_fit(recipe, capsys):
+    path = recipe(peft=PEFT, step_scheduler__local_batch_size=4)
+    status, found = plan(capsys, path, "--seq-len", "8192", "--gpu", "rtx4090")
+    assert status == 1
+    assert not found["fits"]
+    overrides = found["overrides_that_fit"]
+    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value).lower())]
+    status, found = plan(capsys, path, *words, "--seq-len", "8192", "--gpu", "rtx4090")
+    assert status == 0
+    assert found["fits"]
+
+
+def test_a_run_that_nothing_saves_says_so(recipe, capsys):
+    assert main(["plan", recipe(), "--gpu", "rtx3090"]) == 1
+    out = capsys.readouterr().out
+    assert "does NOT fit" in out
+    assert "Nothing nearby fits. Take a smaller model, shorter rows, or a larger GPU." in out
+
+
+def test_unified_memory_counts_the_process(recipe, capsys):
+    _, found = plan(capsys, recipe(peft=PEFT), "--gpu", "gb10")
+    assert found["needed_gib"] == pytest.approx(sum(found["memory_gib"].values()) + 4, abs=0.05)
+    assert any("scaled from a measured one" in note for note in found["notes"])
+
+
+def test_an_unknown_gpu_is_one_line(recipe, capsys):
+    assert main(["plan", recipe(peft=PEFT), "--gpu", "h10"]) == 2
+    assert "`--gpu h10` is not in the table. Did you mean `h100`?" in capsys.readouterr().err
