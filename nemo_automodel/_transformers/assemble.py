@@ -1,7 +1,7 @@
 """Model surgery: the one place where a loaded model is changed, in one order.
 
-1. load, or build with random weights; bitsandbytes packs each weight as it is read, so at most a few unpacked weights
-   are held beside the packed model (``AUTOMODEL_BNB_STREAMING`` asks for what happens anyway);
+1. load, or build with random weights on the device; bitsandbytes packs each weight as it is read, so at most a few
+   unpacked weights are held beside the packed model (``AUTOMODEL_BNB_STREAMING`` asks for what happens anyway);
 2. freeze what ``freeze_config`` names;
 3. put adapters on whatever linear layers are there, packed or not;
 4. move to the device, unless the weights were read straight onto it;
@@ -107,12 +107,14 @@ def _fast_request(plan: AssemblyPlan) -> FastRequest:
 def _build(plan: AssemblyPlan) -> PreTrainedModel:
     if plan.quantization is not None:
         raise UserError("`quantization` packs trained weights, but `from_config` makes random ones. Leave one out.")
-    model: PreTrainedModel = plan.auto_class.from_config(
-        plan.config,
-        dtype=plan.dtype or torch.float32,
-        attn_implementation=plan.attn_implementation,
-        trust_remote_code=plan.trust_remote_code,
-    )
+    model: PreTrainedModel
+    with plan.device:  # random numbers are made where they stay: a second for 8B parameters, a minute on a CPU
+        model = plan.auto_class.from_config(
+            plan.config,
+            dtype=plan.dtype or torch.float32,
+            attn_implementation=plan.attn_implementation,
+            trust_remote_code=plan.trust_remote_code,
+        )
     return model
 
 

@@ -15,7 +15,13 @@ import transformers
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers.assemble import AssemblyPlan, assemble
-from nemo_automodel._transformers.model_source import check_local_model, load_config, resolve_source
+from nemo_automodel._transformers.model_source import (
+    check_local_model,
+    config_from_values,
+    load_config,
+    read_json,
+    resolve_source,
+)
 from nemo_automodel._transformers.options import (
     ModelOptions,
     resolve_attention,
@@ -94,16 +100,21 @@ class _NeMoAutoModel:
 
     @classmethod
     def from_config(
-        cls, config: str | PretrainedConfig, *, load_base_model: bool = False, **options: Any
+        cls, config: str | dict[str, Any] | PretrainedConfig, *, load_base_model: bool = False, **options: Any
     ) -> PreTrainedModel:
-        """Build a model from a configuration (an object, a directory or a Hub name) with random weights.
+        """Build a model from a configuration with random weights, made on the device.
 
-        ``load_base_model`` loads the weights as well. ``options`` are the keywords of `from_pretrained`.
+        ``config`` is an object, a directory, a config.json, a Hub name, or what a config.json holds: a mapping with
+        ``model_type``. ``load_base_model`` loads the weights as well. ``options`` are those of `from_pretrained`.
 
         Raises:
             UserError: as `from_pretrained`.
         """
         parsed = ModelOptions.from_keywords(options)
+        if isinstance(config, str) and Path(config).expanduser().is_file():
+            config = read_json(Path(config).expanduser())
+        if isinstance(config, dict):
+            config = config_from_values(config)
         if isinstance(config, str):
             name = resolve_source(config)
             return cls._assemble(name, None, parsed, has_random_weights=not load_base_model)

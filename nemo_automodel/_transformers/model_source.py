@@ -163,6 +163,21 @@ def load_config(name: str, trust_remote_code: bool, hub: dict[str, Any], overrid
     return config
 
 
+def config_from_values(values: dict[str, Any]) -> PretrainedConfig:
+    """Return the configuration that ``values``, the contents of a config.json, describe.
+
+    Raises:
+        UserError: no ``model_type``, an unknown one, or one whose code is in a repository.
+    """
+    model_type = values.get("model_type")
+    if model_type is None:
+        raise UserError("`model.config` has no `model_type`, so nothing says what model it is. Add it, such as llama.")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(_unknown_architecture("model.config", model_type))
+    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
+    return config
+
+
 def _unknown_architecture(name: str, model_type: str | None) -> str:
     if model_type is None:
         return f"The config.json of `{name}` has no `model_type`, so nothing says what model it is. Add it."

@@ -37,9 +37,10 @@ TOOLS = {
 _TOOLS_OF_A_CONFIG = ("inspect", "plan", "replay")
 _TASKS = ("finetune", "pretrain", "kd", "benchmark")
 _DOMAINS = ("llm", "vlm")
+_BENCHMARK_RECIPE = "BenchmarkingRecipeForNextTokenPrediction"
 _USAGE = """\
 usage: automodel <config.yaml> [--section.key value ...]
-       automodel finetune|pretrain llm -c <config.yaml> [--section.key value ...]
+       automodel finetune|pretrain|benchmark llm -c <config.yaml> [--section.key value ...]
        automodel <tool> [options]
 
 Fine-tune a Hugging Face language model as a YAML file says. Every --section.key value replaces one value of the file.
@@ -90,13 +91,14 @@ def _run_task(task: str, words: list[str]) -> int:
             f"`automodel {task}` needs a kind of model after it, not `{domain or 'nothing'}`. "
             f"Write automodel {task} llm -c <config.yaml>."
         )
-    if task in ("kd", "benchmark") or domain == "vlm":
+    if task == "kd" or domain == "vlm":
         raise NotSupportedYetError(f"`automodel {task} {domain}` is not supported yet. Use automodel finetune llm.")
-    return _run_config(words[1:], takes_positional=False)
+    # any file of a fine-tuning run can be timed, so the word counts and not the file's own recipe
+    return _run_config(words[1:], takes_positional=False, recipe=_BENCHMARK_RECIPE if task == "benchmark" else None)
 
 
-def _run_config(words: list[str], takes_positional: bool) -> int:
-    """Run the recipe that a config file names; only ``automodel <config.yaml>`` insists that it names one."""
+def _run_config(words: list[str], takes_positional: bool, recipe: str | None = None) -> int:
+    """Run ``recipe``, or the one a config file names; only ``automodel <config.yaml>`` insists that it names one."""
     from nemo_automodel.components.config._arg_parser import load_config, parse_command_line
     from nemo_automodel.recipes.registry import DEFAULT_RECIPE, recipe_path, resolve_recipe
     from nemo_automodel.recipes.section_rules import recipe_name
@@ -105,11 +107,11 @@ def _run_config(words: list[str], takes_positional: bool) -> int:
     _refuse_torchrun()
     line = parse_command_line(words, takes_positional)
     config = load_config(line)
-    path = recipe_path(recipe_name(config) or (None if takes_positional else DEFAULT_RECIPE))
+    path = recipe_path(recipe or recipe_name(config) or (None if takes_positional else DEFAULT_RECIPE))
     load_settings(config)
-    recipe = resolve_recipe(path)(config)
-    recipe.setup()
-    recipe.run_train_validation_loop()
+    run = resolve_recipe(path)(config)
+    run.setup()
+    run.run_train_validation_loop()
     return 0
 
 

@@ -54,6 +54,7 @@ from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens, count
 from nemo_automodel.recipes.packing_proof import prove_packing
 from nemo_automodel.recipes.settings import effective_yaml, load_settings
 from nemo_automodel.recipes.sick_runs import SickRuns
+from nemo_automodel.recipes.utilisation import Utilisation
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.types import Batch, Stateful, StepMetrics
 
@@ -134,6 +135,7 @@ class BaseRecipe:
             self.model_files = ModelFiles(self.model, self.tokenizer)
             self._build_engine()
             prove_packing(self.engine, self.settings)
+            self.utilisation = Utilisation(self.model, self.settings, self.device)
             self._build_optimizer()
             self._restore()
             on_failure.pop_all()
@@ -327,6 +329,7 @@ class BaseRecipe:
             self.optimizer.zero_grad()
         self.lr_scheduler.step()
         num_tokens = self.mesh.sum_dp(count_tokens(batches))
+        step_s = self._take_step_s()
         return StepMetrics(
             loss=loss_value,
             grad_norm=grad_norm_value,
@@ -334,7 +337,8 @@ class BaseRecipe:
             num_label_tokens=num_label_tokens,
             num_tokens=num_tokens,
             mem_gib=self._take_peak_gib(),
-            tps=num_tokens / self._take_step_s(),
+            tps=num_tokens / step_s,
+            mfu=self.utilisation.mfu(batches, step_s),
         )
 
     def _roll_back(self) -> None:

@@ -22,7 +22,7 @@ from nemo_automodel.components.distributed.config import DistEnvConfig, Distribu
 from nemo_automodel.components.loggers.config import MLflowConfig, TensorBoardConfig, WandbConfig
 from nemo_automodel.components.optim.config import LRSchedulerConfig, optimizer_path
 from nemo_automodel.components.quantization.config import CompileConfig, FP8Config, QATSettings, QuantizationConfig
-from nemo_automodel.components.training.config import LossGuardConfig, StepSchedulerConfig
+from nemo_automodel.components.training.config import BenchmarkConfig, LossGuardConfig, StepSchedulerConfig
 from nemo_automodel.recipes import section_rules as rules
 from nemo_automodel.recipes.dataset_rules import TOKENIZER_RUNTIME, check_dataset, check_token_budget, single_sets
 from nemo_automodel.shared.errors import ConfigError
@@ -71,6 +71,8 @@ class RunSettings:
     data_check: DataCheckConfig | None
     """``None``: the label gate is off."""
     loss_guard: LossGuardConfig
+    benchmark: BenchmarkConfig
+    """Read by the benchmark recipe alone."""
     checkpoint: CheckpointingConfig
     checkpoint_dir_is_default: bool
     """The user named no directory, so runs that differ may share the default one."""
@@ -145,6 +147,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         packed_sequence=packed_sequence,
         data_check=rules.data_check(config),
         loss_guard=build(LossGuardConfig, _section(config, "loss_guard"), "loss_guard"),
+        benchmark=build(BenchmarkConfig, _section(config, "benchmark"), "benchmark"),
         checkpoint=checkpoint,
         checkpoint_dir_is_default=is_default,
         wandb=_optional(config, "wandb", lambda node: build(WandbConfig, node, "wandb", open_field="init_kwargs")),

@@ -56,3 +56,5 @@ class StepMetrics:
     """Peak allocated device memory since the last step, 0 on the CPU."""
     tps: float
     """``num_tokens`` per second since the previous step's end: data, validation and saving included."""
+    mfu: float | None = None
+    """Share of the device's peak that the model's own operations reach, in per cent; None where no peak is known."""

@@ -202,7 +202,7 @@ def test_bad_files_are_one_line(text: str, parts: list[str], run_yaml: Path, cap
         (["finetune", "llm", "run.yaml"], ["`run.yaml` is neither"]),
         (["finetune", "vlm", "-c", "run.yaml"], ["not supported yet"]),
         (["kd", "llm", "-c", "run.yaml"], ["not supported yet"]),
-        (["benchmark", "llm", "-c", "run.yaml"], ["not supported yet"]),
+        (["benchmark", "vlm", "-c", "run.yaml"], ["not supported yet"]),
     ],
 )
 @pytest.mark.usefixtures("run_yaml")

@@ -27,7 +27,6 @@ LATER_SECTIONS: dict[str, str] = {
         ("data", "flow_matching", "fsdp", "ddp", "performance", "vae", "ema"), "training of diffusion models"
     ),
     **dict.fromkeys(("inference", "output", "datasets"), "generation scripts"),
-    "benchmark": "the benchmark recipe",
     "comet": "the Comet tracker",
     "dllm": "diffusion language models",
     "embedding_row_repair": "repair of embedding rows",
@@ -86,7 +85,6 @@ _LATER_DATASETS = frozenset(
 )
 
 LATER_RECIPES: dict[str, str] = {
-    "BenchmarkingRecipeForNextTokenPrediction": "benchmarking",
     "DiffusionGemmaSFTRecipe": "diffusion language models",
     "DiffusionLMSFTRecipe": "diffusion language models",
     "EmbeddingDistillRecipe": "retrieval models",

@@ -96,8 +96,7 @@ class RunLoggers:
             "num_tokens_per_step": metrics.num_tokens,
             "num_label_tokens": metrics.num_label_tokens,
         }
-        # mfu needs the device's peak, which nobody has measured yet; the key is part of the record's fixed form.
-        self._record(TRAINING_FILE, step, epoch, {**numbers, "mfu": None})
+        self._record(TRAINING_FILE, step, epoch, {**numbers, "mfu": metrics.mfu})
         logger.info(train_line(step, epoch, metrics, self._num_processes))
         if self._bar is None:
             self._bar = Bar("Training", self._total_steps)

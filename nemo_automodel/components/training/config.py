@@ -1,4 +1,7 @@
-"""Settings of the schedule. Free of torch, so that a bad value is refused before anything heavy is imported."""
+"""Settings of the schedule, and of what is watched or timed in it.
+
+Free of torch, so that a bad value is refused before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
@@ -125,4 +128,38 @@ class LossGuardConfig:
             raise ConfigError(
                 f"`loss_guard.spike_threshold` is {self.spike_threshold:g}, but it must be positive. Use 6, or null "
                 "for no search."
+            )
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """The ``benchmark:`` section: which steps are timed, and where the result goes."""
+
+    warmup_steps: int = 10
+    """Steps before the clock starts: compilation, memory that grows, clocks that rise."""
+    peak_tflops: float | None = None
+    """What the device can do, in dense TFLOP/s; ``null``: by its name. A measured rate above it is refused."""
+    nsys_start: int = -1
+    """Step before which CUDA's profiler starts; -1: never."""
+    nsys_end: int = -1
+    """Step after which it stops."""
+    nsys_ranks: list[int] = field(default_factory=list)
+    """Processes that are profiled; empty: the first."""
+    json_output_path: str | None = None
+    """``null``: ``benchmark.json`` in the run's directory."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ConfigError(
+                f"`benchmark.warmup_steps` is {self.warmup_steps}, but it cannot be negative. Use 0 or more."
+            )
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ConfigError(
+                f"`benchmark.peak_tflops` is {self.peak_tflops:g}, but it must be positive. Use 989 for an H100, or "
+                "leave it out."
+            )
+        if self.nsys_end >= 0 and self.nsys_start > self.nsys_end:
+            raise ConfigError(
+                f"`benchmark.nsys_start` is {self.nsys_start}, but it must not be above `nsys_end` = {self.nsys_end}. "
+                "Set both to -1 for no profile."
             )

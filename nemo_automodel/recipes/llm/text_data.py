@@ -117,6 +117,8 @@ class TextData:
             return node.instantiate()
         own = node.get("tokenizer")
         tokenizer = tokenizer if own is None else self._tokenizer_of(own)
+        if tokenizer is None and _tokenizer_parameter(node).default is None:
+            return node.instantiate()  # random tokens do without
         if tokenizer is None:
             raise UserError(
                 f"`{node.place}` needs a tokenizer, but the model does not bring one. Name one with "
@@ -177,8 +179,13 @@ def _name_of(node: ConfigNode) -> str:
 
 
 def _takes_tokenizer(node: ConfigNode) -> bool:
+    return _tokenizer_parameter(node) is not None
+
+
+def _tokenizer_parameter(node: ConfigNode) -> Any:
+    """Return the target's parameter ``tokenizer``, None where it has none."""
     target = targets.resolve(node.get("_target_"), f"{node.place}._target_")
-    return "tokenizer" in inspect.signature(target).parameters
+    return inspect.signature(target).parameters.get("tokenizer")
 
 
 def model_path_of(model: ConfigNode) -> str | None:
