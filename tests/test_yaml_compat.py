@@ -17,6 +17,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE = ROOT / "examples/llm_finetune"
+BENCHMARK = ROOT / "examples/benchmark"
 PLAYBOOK = {
     "lora": FINETUNE / "llama3_2/llama3_2_1b_squad_peft.yaml",
     "qlora": FINETUNE / "llama3_1/llama3_1_8b_squad_qlora.yaml",
@@ -64,7 +65,13 @@ def test_the_playbook_finds_its_files():
 
 @pytest.mark.parametrize("path", [*SHIPPED, *OLD], ids=name_of)
 def test_loads_and_every_key_is_known(path: Path):
-    settings = settings_of(path)
+    from nemo_automodel.shared.errors import NotSupportedYetError
+
+    try:
+        settings = settings_of(path)
+    except NotSupportedYetError as error:
+        assert path.stem == "llama3_1_8b_lora_fp8"
+        pytest.xfail(str(error))
     assert settings.step_scheduler.global_batch_size % settings.step_scheduler.local_batch_size == 0
 
 
@@ -73,7 +80,9 @@ def test_shipped_recipes_say_what_they_need(path: Path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert "# Needs " in text
-    assert yaml.safe_load(text)["recipe"] == "TrainFinetuneRecipeForNextTokenPrediction"
+    is_benchmark = path.parent.name == "benchmark"
+    recipe = "BenchmarkingRecipeForNextTokenPrediction" if is_benchmark else "TrainFinetuneRecipeForNextTokenPrediction"
+    assert yaml.safe_load(text)["recipe"] == recipe
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, *OLD], ids=name_of)
@@ -331,6 +340,50 @@ def test_the_default_recipe_trains(finetune, model_dirs, tmp_path: Path):
     model = ["--model.pretrained_model_name_or_path", model_dirs("llama")]
     latest = finetune(FINETUNE / "llama3_2/llama3_2_1b_hellaswag.yaml", *model, *one_step(), *data)
     check_checkpoint(latest)
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 448}
+
+
+def tiny_shape(num_rows: int, accumulate: int) -> list[object]:
+    words: list[object] = [f"--model.config.{key}={value}" for key, value in TINY.items()]
+    words += ["--model.torch_dtype=float32", "--dataset.vocab_size=448", "--dataset.seq_len=16"]
+    words += [
+        "--step_scheduler.max_steps=3",
+        "--benchmark.warmup_steps=1",
+        f"--step_scheduler.local_batch_size={num_rows}",
+    ]
+    return [*words, f"--step_scheduler.global_batch_size={num_rows * accumulate}"]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["llama3_1_8b_lora", "llama3_1_8b_lora_dropout", "qwen2_5_7b_lora", "smollm2_135m_lora"]
+)
+def test_benchmark_recipes_run(recipe: str, run_script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    words = ["-c", BENCHMARK / f"{recipe}.yaml", *tiny_shape(2, 2)]
+    assert run_script(BENCHMARK / "benchmark.py", *words) == 0
+    result = json.loads((tmp_path / f"runs/benchmark/{recipe}/benchmark.json").read_text())
+    window = result["window"]
+    assert (window["steps"], window["micro_batches"], window["tokens_per_micro_batch"]) == (2, 4, 2 * 16)
+    assert result["conditions"]["adapters"]["dropout"] == (0.1 if "dropout" in recipe else 0.0)
+
+
+@pytest.mark.parametrize("path", ["v0_5/llama3_1_8b_peft_benchmark.yaml", "v0_2/llama3_1_8b_benchmark.yaml"])
+def test_older_benchmarks_run(path: str, model_dirs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from nemo_automodel.cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "tests/data" / path
+    words = [str(file)] if "v0_5" in path else ["benchmark", "llm", "-c", str(file)]
+    words += [str(word) for word in tiny_shape(2, 2) if "model.config" not in str(word)]
+    assert main([*words, "--model.config.pretrained_model_name_or_path", str(model_dirs("llama"))]) == 0
+    result = json.loads((tmp_path / "checkpoints/benchmark.json").read_text())
+    assert result["window"]["tokens_per_micro_batch"] == 2 * 16, (
+        "the reference's mock data takes the micro-batch's rows"
+    )
+    assert result["tflops"]["peak"] == 989
 
 
 # ---------------------------------------------------------------------------------------------------- the scripts

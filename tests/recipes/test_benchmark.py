@@ -144,6 +144,7 @@ def test_packed_rows_count_their_documents(tmp_path: Path):
         ({"benchmark__warmup_steps": -1}, r"`benchmark.warmup_steps` is -1, but it cannot be negative"),
         ({"benchmark__peak_tflops": 0}, r"`benchmark.peak_tflops` is 0, but it must be positive"),
         ({"benchmark__nsys_start": 5, "benchmark__nsys_end": 3}, r"`benchmark.nsys_start` is 5"),
+        ({"dataset__batch_size": 1}, r"`dataset.batch_size` is 1, but .* `step_scheduler.local_batch_size` = 2"),
         ({"benchmark__warmup": 3}, r"`benchmark.warmup`: unknown key `warmup`. Did you mean `warmup_steps`"),
     ],
 )
@@ -156,6 +157,15 @@ def test_data_that_end_within_the_warm_up(tmp_path: Path):
     with pytest.raises(UserError, match="ended within its 10 warm-up steps"):
         run(tmp_path, step_scheduler__max_steps=None, step_scheduler__num_epochs=1, dataset__num_samples=8,
             benchmark__warmup_steps=10)  # fmt: skip
+
+
+def test_mock_batches_are_micro_batches(tmp_path: Path):
+    config = config_of(tmp_path)
+    del config["dataset"]["batch_size"]
+    (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
+    recipe = BenchmarkingRecipeForNextTokenPrediction(load_yaml_config(tmp_path / "benchmark.yaml"))
+    recipe.setup()
+    assert next(iter(recipe.train_loader))["input_ids"].shape == (2, 24)
 
 
 @pytest.mark.parametrize("recipe", ["BenchmarkingRecipeForNextTokenPrediction", None, "Train"])

@@ -40,6 +40,7 @@ from nemo_automodel.shared.types import Batch, StepMetrics
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "benchmark.json"
+_MOCK_BATCHES = "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset"
 _LIBRARIES = ("torch", "transformers", "triton", "bitsandbytes")
 
 
@@ -47,7 +48,7 @@ class BenchmarkingRecipeForNextTokenPrediction(TrainFinetuneRecipeForNextTokenPr
     """Train a causal language model for a few steps and report how fast that was."""
 
     def __init__(self, cfg: ConfigNode) -> None:
-        super().__init__(without_saving(cfg))
+        super().__init__(as_benchmark(cfg))
         self._start: Mark | None = None
         self._end: Mark | None = None
         self._size = StepSize(0, 0, 0, 0)
@@ -205,13 +206,30 @@ class BenchmarkingRecipeForNextTokenPrediction(TrainFinetuneRecipeForNextTokenPr
         }
 
 
-def without_saving(cfg: ConfigNode) -> ConfigNode:
-    """Return a copy of a configuration that neither validates nor saves: both would be timed."""
+def as_benchmark(cfg: ConfigNode) -> ConfigNode:
+    """Return a copy of a configuration that neither validates nor saves, since both would be timed.
+
+    Mock batches that do not say how many rows they have get those of a micro-batch.
+
+    Raises:
+        ConfigError: they say another number, so that a step would not be the global batch.
+    """
     config = cfg.copy()
     config.set_by_dotted("checkpoint.enabled", False)
     for section in config:
         if section.startswith("validation_dataset"):
             config.remove(section)
+    if config.get("dataset._target_") != _MOCK_BATCHES or config.get("dataloader.batch_size", 0) is not None:
+        return config
+    num_rows = config.get("step_scheduler.local_batch_size", 1)
+    given = config.get("dataset.batch_size")
+    if given is None:
+        config.set_by_dotted("dataset.batch_size", num_rows)
+    elif given != num_rows:
+        raise ConfigError(
+            f"`dataset.batch_size` is {given}, but with `dataloader.batch_size: null` it is the micro-batch, so it must "
+            f"be `step_scheduler.local_batch_size` = {num_rows}. Set it to {num_rows}, or leave it out."
+        )
     return config
 
 
