@@ -227,8 +227,8 @@ def as_benchmark(cfg: ConfigNode) -> ConfigNode:
         config.set_by_dotted("dataset.batch_size", num_rows)
     elif given != num_rows:
         raise ConfigError(
-            f"`dataset.batch_size` is {given}, but with `dataloader.batch_size: null` it is the micro-batch, so it must "
-            f"be `step_scheduler.local_batch_size` = {num_rows}. Set it to {num_rows}, or leave it out."
+            f"`dataset.batch_size` is {given}, but with `dataloader.batch_size: null` it is the micro-batch, so it "
+            f"must be `step_scheduler.local_batch_size` = {num_rows}. Set it to {num_rows}, or leave it out."
         )
     return config
 
