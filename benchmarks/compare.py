@@ -108,7 +108,7 @@ def rungs(case: str, rows: int) -> list[tuple[int, bool]]:
 def run_case(args: argparse.Namespace) -> dict[str, Any]:
     """Return the numbers of ``args.run`` on one rung of its ladder."""
     import torch
-    from support import lora_work, make_config, packed_batches, random_batches, split_rows, time_steps
+    from measuring import lora_work, make_config, packed_batches, random_batches, split_rows, time_steps
 
     from nemo_automodel.components.training.flops import check_rate, device_peak, step_size
 
@@ -150,7 +150,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
 def build_ours(args: argparse.Namespace, config: Any, batches: list[Any], recomputes: bool) -> Callable[[int], float]:
     """Return a step of this project, as its recipe does one."""
     import torch
-    from support import LORA_ALPHA, LORA_RANK, dtype_of
+    from measuring import LORA_ALPHA, LORA_RANK, dtype_of
 
     from nemo_automodel import NeMoAutoModelForCausalLM
     from nemo_automodel.components._peft.lora import PeftConfig
@@ -192,8 +192,8 @@ def build_ours(args: argparse.Namespace, config: Any, batches: list[Any], recomp
 
 def build_peer(args: argparse.Namespace, config: Any, batches: list[Any], recomputes: bool) -> Callable[[int], float]:
     """Return a step of Transformers and PEFT, with Liger or compiled layers where the case says so."""
+    from measuring import LORA_ALPHA, LORA_RANK, PROJECTIONS, random_model
     from peft import LoraConfig, get_peft_model
-    from support import LORA_ALPHA, LORA_RANK, PROJECTIONS, random_model
 
     model = random_model(config, args.device)
     if args.run == "hf_peft_liger":
@@ -220,7 +220,7 @@ def build_unsloth(
     from unsloth import FastLanguageModel  # before everything else: it changes Transformers when it is imported
 
     import torch  # isort: skip
-    from support import LORA_ALPHA, LORA_RANK, PROJECTIONS, write_model_directory
+    from measuring import LORA_ALPHA, LORA_RANK, PROJECTIONS, write_model_directory
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -355,7 +355,7 @@ def main() -> int:
     args = parse()
     if args.run is not None:
         return child(args)
-    from support import environment
+    from measuring import environment
 
     packages = ("peft", "accelerate", "liger-kernel", "unsloth")
     command = "python benchmarks/compare.py " + " ".join(sys.argv[1:])

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
+from measuring import LORA_RANK, environment, lora_work
 from torch import nn
 
 from nemo_automodel.components._peft.lora import PeftConfig, apply_lora, lora_layers
@@ -48,11 +49,13 @@ from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import Adapter
 from nemo_automodel.components.fast.weight_store import DenseStore, Fp8Store, WeightStore
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+from nemo_automodel.components.training import flops
+from nemo_automodel.components.training.flops import StepSize
 from nemo_automodel.kernels import fp8, linear_ce, norm, rope, swiglu_lora
 from nemo_automodel.kernels.jit import HAS_TRITON
 from nemo_automodel.kernels.lora import Update, add_update_reference, add_update_triton
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989}
+PEAK_TFLOPS = {part: half for part, (half, _) in flops.PEAK_TFLOPS.items()}
 SHAPES = {
     "llama": {"config": "LlamaConfig", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0},
     "qwen2": {"config": "Qwen2Config", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
@@ -64,7 +67,6 @@ BASE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"vocab_size": 512, "head_dim": 16}
 FP8_COSINE = 0.998
-LORA_RANK = 16
 
 
 def main() -> int:
@@ -99,18 +101,6 @@ def main() -> int:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(f"FAILED {line}" for line in failures) or "all checks passed")
     return 1 if failures else 0
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Return the versions and the card."""
-    found = {"torch": torch.__version__, "transformers": transformers.__version__, "cuda": torch.version.cuda}
-    if HAS_TRITON:
-        import triton
-
-        found["triton"] = triton.__version__
-    if device == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
-    return found
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -418,13 +408,7 @@ def check_layer(family: str, args: argparse.Namespace, failures: list[str]) -> d
 
 def lora_flops_per_token(config: Any, seq_len: int) -> float:
     """Return hardware operations of a LoRA step on all linear layers: 4·N_lin + 4·N_head + 6·l + 3.5·A."""
-    h, f, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
-    q, k = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    linear = num_layers * (h * (q + 2 * k) + q * h + 3 * h * f)
-    lora = num_layers * LORA_RANK * ((h + q) + 2 * (h + k) + (q + h) + 2 * (h + f) + (f + h))
-    attention = 2 * num_layers * q * seq_len
-    return 4.0 * linear + 4.0 * h * config.vocab_size + 6.0 * lora + 3.5 * attention
+    return lora_work(config).hardware(StepSize(seq_len, seq_len, seq_len, seq_len**2)) / seq_len
 
 
 def time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -528,7 +512,7 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     if device == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         name = torch.cuda.get_device_name()
-        peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+        peak = flops.peak_tflops(name, with_fp8=path == "fp8")
         assert peak is None or tflops < peak, f"{tflops:.0f} TFLOP/s is above the peak of {name}: the count is wrong"
     print(
         f"{case}: {rate:,.0f} tok/s, {tflops:.0f} TFLOP/s, {result['ms_per_micro_batch']:.1f} ms a micro-batch, "

@@ -212,7 +212,7 @@ def main() -> int:
     args = parse()
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from support import environment
+    from measuring import environment
 
     from nemo_automodel.cli.fetch_demo import fetch_demo
     from nemo_automodel.cli.quickstart import quiet

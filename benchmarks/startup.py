@@ -7,6 +7,13 @@ them, several times, and the median counts. The loop is the recipe's own `run_tr
 schedule, checks and JSONL file; beside each of its steps stands a bare step on the same batch: plain Transformers
 forward, logits of the labelled positions, cross-entropy, backward, clipping, AdamW, one `.item()`. Exit status 1 when a
 limit is missed.
+
+    python benchmarks/startup.py --large llama3_1_8b [--layers 32] [--model-dir DIR] [--out record.json]
+
+times a large model instead: random weights of its shape are written once as a directory of safetensors, and `automodel`
+is started on it until it reports its first step, first with empty caches of compiled kernels, then with full ones. The
+files are dropped from memory before every start, so that all are read from the disk; the limit is the time that reading
+them takes by itself, plus 20 s and 8 s. ``--device cpu --small`` runs the script itself on any machine.
 """
 
 from __future__ import annotations
@@ -58,13 +65,21 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="starts of each command; the median counts")
     parser.add_argument("--steps", type=int, default=12, help="steps of the loop, the first two not counted")
     parser.add_argument("--skip-quickstart", action="store_true", help="leave out the whole start of the quickstart")
+    parser.add_argument("--large", help="time the start of a model of this shape alone, such as llama3_1_8b")
+    parser.add_argument("--layers", type=int, help="layers of the large model (default: all)")
+    parser.add_argument("--model-dir", type=Path, help="where its files are kept (default: a temporary directory)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of the large model")
+    parser.add_argument("--small", action="store_true", help="tiny matrices in the large model")
     args = parser.parse_args()
-    demo = fetch_demo()
     with tempfile.TemporaryDirectory() as work:
-        results = measure_commands(Path(work), args.repeats)
-        if not args.skip_quickstart:
-            results.append(measure_first_step(Path(work)))
-        results += measure_loop(demo, Path(work) / "loop", args.steps)
+        if args.large is not None:
+            results = measure_large(args, Path(work))
+        else:
+            demo = fetch_demo()
+            results = measure_commands(Path(work), args.repeats)
+            if not args.skip_quickstart:
+                results.append(measure_first_step(Path(work)))
+            results += measure_loop(demo, Path(work) / "loop", args.steps)
     for result in results:
         kept = "ok  " if result.is_kept else "OVER"
         value, limit = f"{result.value:.3g}", f"{result.limit:g} {result.unit}"
@@ -130,6 +145,98 @@ def measure_first_step(work: Path) -> Result:
             process.wait()
             return Result("quickstart, start to end of the first step", seconds, "s", 15.0, "model and data cached")
     raise SystemExit("the quickstart made no step:\n" + "".join(shown[-20:]))
+
+
+# --- a large model ---------------------------------------------------------------------------------------------------
+
+
+def measure_large(args: argparse.Namespace, work: Path) -> list[Result]:
+    """Time the start of a large model from files on the disk, with cold and with warm compiler caches."""
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    directory = args.model_dir or work / "model"
+    if not (directory / "config.json").is_file():
+        # in a process of its own, so that no memory of the device stays taken
+        code = (
+            "import sys; from pathlib import Path; from measuring import make_config, write_model_directory\n"
+            f"config = make_config({args.large!r}, {args.layers!r}, {args.small!r})\n"
+            f"write_model_directory(config, Path(sys.argv[1]), {args.device!r})"
+        )
+        here = Path(__file__).resolve().parent
+        path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code, str(directory)], check=True, env={**os.environ, "PYTHONPATH": path})
+        print(f"wrote {directory} in {time.perf_counter() - start:.1f} s", flush=True)
+    config = json.loads((directory / "config.json").read_text())
+    recipe = work / "large.yaml"
+    recipe.write_text(json.dumps(recipe_of_large(directory, work / "run", config["vocab_size"], args.small)))
+    disk_s, gigabytes = read_from_disk(directory)
+    caches = {name: str(work / name.lower()) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+    results = []
+    for state, seconds in (("cold", 20.0), ("warm", 8.0)):
+        drop_from_memory(directory)
+        moments = moments_of_start([*AUTOMODEL, str(recipe)], {**os.environ, **caches})
+        detail = f"{gigabytes:.1f} GB in {disk_s:.1f} s by itself; {moments}"
+        name = f"{args.large} ({config['num_hidden_layers']} layers), command to first step, {state}"
+        results.append(Result(name, moments["step 0 |"], "s", disk_s + seconds, detail))
+    return results
+
+
+def recipe_of_large(directory: Path, run_dir: Path, vocab_size: int, small: bool) -> dict[str, Any]:
+    """Return a recipe of one LoRA step of 2 x 4096 tokens."""
+    dataset = "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset"
+    seq_len = 64 if small else 4096
+    return {
+        "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
+        "model": {
+            "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
+            "pretrained_model_name_or_path": str(directory),
+        },
+        "peft": {"target_modules": "*_proj", "dim": 16, "alpha": 32},
+        "step_scheduler": {"global_batch_size": 2, "local_batch_size": 2, "max_steps": 1},
+        "dataset": {"_target_": dataset, "vocab_size": vocab_size, "seq_len": seq_len, "batch_size": 2},
+        "dataloader": {"batch_size": None},
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-4},
+        "checkpoint": {"enabled": False, "checkpoint_dir": str(run_dir)},
+    }
+
+
+def drop_from_memory(directory: Path) -> None:
+    """Tell the system to forget the files of a directory, as if they had never been read."""
+    os.sync()  # pages that are not written yet would stay
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_from_disk(directory: Path) -> tuple[float, float]:
+    """Return the seconds that reading the weights takes, and how many GB they are."""
+    drop_from_memory(directory)
+    buffer = bytearray(2**24)
+    num_bytes, start = 0, time.perf_counter()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while read := file.readinto(buffer):
+                num_bytes += read
+    return time.perf_counter() - start, num_bytes / 1e9
+
+
+def moments_of_start(command: list[str], environment: dict[str, str]) -> dict[str, float]:
+    """Start a run and return after how many seconds it said what; it is over with its first step."""
+    waited_for = ("Experiment_details", "Decoder layers", "Model summary", "step 0 |")
+    moments: dict[str, float] = {}
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert process.stdout is not None
+    shown = []
+    for line in process.stdout:
+        shown.append(line)
+        for words in waited_for:
+            if words in line:
+                moments.setdefault(words, round(time.perf_counter() - start, 1))
+    if process.wait() or "step 0 |" not in moments:
+        raise SystemExit("the large model made no step:\n" + "".join(shown[-20:]))
+    return moments
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
