@@ -17,9 +17,8 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from nemo_automodel._transformers.assemble import AssemblyPlan, assemble
 from nemo_automodel._transformers.model_source import (
     check_local_model,
-    config_from_values,
     load_config,
-    read_json,
+    read_config,
     resolve_source,
 )
 from nemo_automodel._transformers.options import (
@@ -111,10 +110,7 @@ class _NeMoAutoModel:
             UserError: as `from_pretrained`.
         """
         parsed = ModelOptions.from_keywords(options)
-        if isinstance(config, str) and Path(config).expanduser().is_file():
-            config = read_json(Path(config).expanduser())
-        if isinstance(config, dict):
-            config = config_from_values(config)
+        config = read_config(config)
         if isinstance(config, str):
             name = resolve_source(config)
             return cls._assemble(name, None, parsed, has_random_weights=not load_base_model)

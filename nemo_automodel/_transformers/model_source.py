@@ -163,19 +163,23 @@ def load_config(name: str, trust_remote_code: bool, hub: dict[str, Any], overrid
     return config
 
 
-def config_from_values(values: dict[str, Any]) -> PretrainedConfig:
-    """Return the configuration that ``values``, the contents of a config.json, describe.
+def read_config(config: str | dict[str, Any] | PretrainedConfig) -> str | PretrainedConfig:
+    """Turn a config.json, or a mapping of what one holds, into a configuration; names and objects stay as they are.
 
     Raises:
-        UserError: no ``model_type``, an unknown one, or one whose code is in a repository.
+        UserError: no ``model_type``, or an unknown one.
     """
-    model_type = values.get("model_type")
+    if isinstance(config, str) and Path(config).expanduser().is_file():
+        config = read_json(Path(config).expanduser())
+    if not isinstance(config, dict):
+        return config
+    model_type = config.get("model_type")
     if model_type is None:
         raise UserError("`model.config` has no `model_type`, so nothing says what model it is. Add it, such as llama.")
     if model_type not in CONFIG_MAPPING:
         raise UserError(_unknown_architecture("model.config", model_type))
-    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
-    return config
+    made: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(config)
+    return made
 
 
 def _unknown_architecture(name: str, model_type: str | None) -> str:

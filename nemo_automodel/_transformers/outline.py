@@ -29,7 +29,7 @@ from transformers import (
 
 from nemo_automodel._transformers.assemble import freeze, recompute_activations
 from nemo_automodel._transformers.fast_layers import FastRequest, why_plain
-from nemo_automodel._transformers.model_source import load_config, resolve_source
+from nemo_automodel._transformers.model_source import load_config, read_config, resolve_source
 from nemo_automodel._transformers.options import ModelOptions, resolve_dtype
 from nemo_automodel.components._peft.lora import LinearLoRA, apply_lora
 from nemo_automodel.components.plan.workload import Linear, ModelShape, PlainRun
@@ -62,7 +62,9 @@ def from_pretrained(pretrained_model_name_or_path: str, **keywords: Any) -> Outl
     return from_config(pretrained_model_name_or_path, **keywords)
 
 
-def from_config(config: str | PretrainedConfig, load_base_model: bool = False, **keywords: Any) -> Outline:
+def from_config(
+    config: str | dict[str, Any] | PretrainedConfig, load_base_model: bool = False, **keywords: Any
+) -> Outline:
     """Return the outline of what `NeMoAutoModelForCausalLM.from_config` would build.
 
     Raises:
@@ -70,6 +72,7 @@ def from_config(config: str | PretrainedConfig, load_base_model: bool = False, *
     """
     options = ModelOptions.from_keywords(keywords)
     hub = options.take_hub_keywords()
+    config = read_config(config)
     if isinstance(config, str):
         name = resolve_source(config)
         config = load_config(name, options.trust_remote_code, hub, options.overrides)

@@ -117,7 +117,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
     notes = []
     schedule, packed = settings.step_scheduler, settings.packed_sequence.packed_sequence_size
     rows = schedule.local_batch_size
-    length = packed or seq_len or settings.dataset.get("seq_length")
+    length = packed or seq_len or settings.dataset.get("seq_length") or settings.dataset.get("seq_len")
     if schedule.local_batch_tokens is not None:
         rows, length = 1, schedule.local_batch_tokens
     if length is None:

@@ -117,6 +117,27 @@ def test_gpt2s_own_linear_layer_counts():
     assert (work.head, work.head_is_trained, work.attention) == (32 * 300, True, 2 * 32)
 
 
+@pytest.mark.parametrize("recomputed", ["none", "gate_up", "all"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_plan_of_a_run_counts_the_same(lora: bool, recomputed: str):
+    from dataclasses import replace
+
+    from nemo_automodel._transformers.options import ModelOptions
+    from nemo_automodel._transformers.outline import Outline, shape_of
+    from nemo_automodel.components.plan.machines import machine
+    from nemo_automodel.components.plan.speed import estimate
+    from nemo_automodel.components.plan.workload import Workload
+
+    model = make("Qwen3Config 8B", lora)
+    policy = {"none": "none", "gate_up": "selective", "all": "full"}[recomputed]
+    shape = shape_of(Outline(model, ModelOptions(), None), "x")
+    load = Workload(shape, rows=1, seq_len=SEQ_LEN, grad_accum=1, is_full=not lora, recompute=policy)
+    planned = estimate(load, replace(machine("h100"), bf16_tflops=1.0, attention_tflops=1.0))
+    work = count_work(model, recomputed)
+    adapters = 6 * work.adapters * SEQ_LEN  # the plan counts their bytes instead
+    assert (planned.products + planned.attention) * 1e12 == pytest.approx(work.hardware(ROW) - adapters, rel=1e-9)
+
+
 def test_labels_decide_the_heads_share():
     work = count_work(make("LlamaConfig 8B"))
     half = StepSize(SEQ_LEN, SEQ_LEN, SEQ_LEN // 2, SEQ_LEN**2)
