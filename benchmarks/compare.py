@@ -61,7 +61,8 @@ ROWS = {"smollm2_135m": (8, 1024, 1)}
 DOCUMENT_LEN = (170, 60)
 LEAST_PACKED_RATIO = 0.97
 LOSS_TOLERANCE = 0.005
-Step = Callable[[], float]
+Built = tuple[Callable[[int], float], str]
+"""A step over so many micro-batches that returns its loss, and whose decoder layers compute."""
 
 
 def parse() -> argparse.Namespace:
@@ -120,7 +121,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         batches = split_rows(random_batches(config.vocab_size, args.rows, args.seq_len, args.grad_accum), rows)
     torch.manual_seed(0)
     build = build_ours if args.run.startswith("ours") else build_unsloth if args.run == "unsloth" else build_peer
-    step = build(args, config, batches, recomputes)
+    step, layers = build(args, config, batches, recomputes)
     first_loss = step(min(4, len(batches) * rows // args.rows) * args.rows // rows)  # the same tokens on every rung
     step(min(2, len(batches)))
     window = time_steps(lambda: step(len(batches)), args.seconds, args.device)
@@ -141,13 +142,14 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "rows_of_a_micro_batch": rows,
         "micro_batches_of_a_step": len(batches),
         "recomputes_activations": recomputes,
+        "layers": layers,
         "first_loss": first_loss,
         "last_loss": window.losses[-1],
         "clocks": window.clocks,
     }
 
 
-def build_ours(args: argparse.Namespace, config: Any, batches: list[Any], recomputes: bool) -> Callable[[int], float]:
+def build_ours(args: argparse.Namespace, config: Any, batches: list[Any], recomputes: bool) -> Built:
     """Return a step of this project, as its recipe does one."""
     import torch
     from measuring import LORA_ALPHA, LORA_RANK, dtype_of
@@ -155,6 +157,7 @@ def build_ours(args: argparse.Namespace, config: Any, batches: list[Any], recomp
     from nemo_automodel import NeMoAutoModelForCausalLM
     from nemo_automodel.components._peft.lora import PeftConfig
     from nemo_automodel.components.distributed.grad import clip_grad_norm
+    from nemo_automodel.components.fast.decoder_layer import FastDecoderLayer
     from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
     from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens
 
@@ -187,10 +190,11 @@ def build_ours(args: argparse.Namespace, config: Any, batches: list[Any], recomp
         optimizer.zero_grad()
         return value
 
-    return step
+    is_fast = any(isinstance(module, FastDecoderLayer) for module in model.modules())
+    return step, "fast" if is_fast else "Transformers'"
 
 
-def build_peer(args: argparse.Namespace, config: Any, batches: list[Any], recomputes: bool) -> Callable[[int], float]:
+def build_peer(args: argparse.Namespace, config: Any, batches: list[Any], recomputes: bool) -> Built:
     """Return a step of Transformers and PEFT, with Liger or compiled layers where the case says so."""
     from measuring import LORA_ALPHA, LORA_RANK, PROJECTIONS, random_model
     from peft import LoraConfig, get_peft_model
@@ -210,12 +214,10 @@ def build_peer(args: argparse.Namespace, config: Any, batches: list[Any], recomp
     if args.run == "hf_peft_compile":
         for layer in layers:
             layer.compile()
-    return step_of_peer(adapted, batches, args.device)
+    return step_of_peer(adapted, batches, args.device), "their own"
 
 
-def build_unsloth(
-    args: argparse.Namespace, config: Any, batches: list[Any], recomputes: bool
-) -> Callable[[int], float]:
+def build_unsloth(args: argparse.Namespace, config: Any, batches: list[Any], recomputes: bool) -> Built:
     """Return a step of unsloth, which loads its models from files."""
     from unsloth import FastLanguageModel  # before everything else: it changes Transformers when it is imported
 
@@ -239,7 +241,7 @@ def build_unsloth(
         bias="none",
         use_gradient_checkpointing="unsloth" if recomputes else False,
     )
-    return step_of_peer(FastLanguageModel.for_training(adapted), batches, args.device)
+    return step_of_peer(FastLanguageModel.for_training(adapted), batches, args.device), "their own"
 
 
 def step_of_peer(model: Any, batches: list[Any], device: str) -> Callable[[int], float]:
@@ -314,23 +316,24 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Return the results as markdown."""
     lines = [
-        "| case | tokens/s | peak GiB | hardware TFLOP/s | rows, recomputed | timed s | SM MHz | W | first loss |",
-        "|---|--:|--:|--:|---|--:|--:|--:|--:|",
+        "| case | layers | tokens/s | peak GiB | hardware TFLOP/s | rows, recomputed | timed s | SM MHz | W | first loss |",
+        "|---|---|--:|--:|--:|---|--:|--:|--:|--:|",
     ]
     for case, result in record["cases"].items():
         name = CASES[case]
         if "tokens_per_s" not in result:
             missing = result.get("not_installed")
             what = f"not installed: {', '.join(missing)}" if missing else f"failed: {result['failed']}"
-            lines.append(f"| {name} | {what} | | | | | | | |")
+            lines.append(f"| {name} | | {what} | | | | | | | |")
             continue
         clocks = result["clocks"]
         mhz, watts = (f"{clocks[key]['mean']:,.0f}" if clocks else "" for key in ("sm_mhz", "watts"))
         gib = "" if result["peak_gib"] is None else f"{result['peak_gib']:.1f}"
         how = f"{result['rows_of_a_micro_batch']}, {'all' if result['recomputes_activations'] else 'none'}"
         lines.append(
-            f"| {name} | {result['tokens_per_s']:,.0f} | {gib} | {result['hardware_tflops']:.3g} | {how} | "
-            f"{result['seconds']:.1f} | {mhz} | {watts} | {result['first_loss']:.4f} |"
+            f"| {name} | {result['layers']} | {result['tokens_per_s']:,.0f} | {gib} | "
+            f"{result['hardware_tflops']:.3g} | {how} | {result['seconds']:.1f} | {mhz} | {watts} | "
+            f"{result['first_loss']:.4f} |"
         )
     return "\n".join(lines)
 

@@ -91,12 +91,12 @@ def test_missing_packages_stand_in_the_table(script):
     compare = script("compare")
     result = {
         "tokens_per_s": 14500.4, "hardware_tflops": 493.2, "peak_gib": 45.83, "rows_of_a_micro_batch": 2,
-        "recomputes_activations": False, "seconds": 36.2, "first_loss": 12.0,
+        "recomputes_activations": False, "layers": "fast", "seconds": 36.2, "first_loss": 12.0,
         "clocks": {"sm_mhz": {"mean": 1410}, "watts": {"mean": 690}},
     }  # fmt: skip
     lines = compare.table({"cases": {"ours": result, "unsloth": {"not_installed": ["unsloth"]}}}).splitlines()
-    assert lines[2] == "| this project, bf16 | 14,500 | 45.8 | 493 | 2, none | 36.2 | 1,410 | 690 | 12.0000 |"
-    assert lines[3] == "| unsloth | not installed: unsloth | | | | | | | |"
+    assert lines[2] == "| this project, bf16 | fast | 14,500 | 45.8 | 493 | 2, none | 36.2 | 1,410 | 690 | 12.0000 |"
+    assert lines[3] == "| unsloth | | not installed: unsloth | | | | | | | |"
 
 
 def test_gates_of_loss_curves(script):

@@ -150,7 +150,6 @@ def count_work(model: nn.Module, recomputed: str = "none") -> ModelWork:
     head = model.get_output_embeddings()  # type: ignore[operator]
     lowest = _lowest_trained_layer(model)
     sums: dict[str, float] = dict.fromkeys(("trained", "frozen", "forward_only", "adapters", "gate_up"), 0)
-    frozen_parameters = 0.0
     for name, module in model.named_modules():
         size = _matrix(module, config)
         if name.rpartition(".")[2] in _ADAPTERS:
