@@ -316,7 +316,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Return the results as markdown."""
     lines = [
-        "| case | layers | tokens/s | peak GiB | hardware TFLOP/s | rows, recomputed | timed s | SM MHz | W | first loss |",
+        "| case | layers | tokens/s | peak GiB | hardware TFLOP/s | rows, recomputed | s | SM MHz | W | first loss |",
         "|---|---|--:|--:|--:|---|--:|--:|--:|--:|",
     ]
     for case, result in record["cases"].items():
