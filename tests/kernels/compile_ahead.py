@@ -13,11 +13,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nemo_automodel.kernels import fp8, linear_ce, lora, norm, rope, swiglu_lora
+from nemo_automodel.kernels import fp8, linear_ce, lora, nf4, norm, rope, swiglu_lora
 
 _ROPE = {"NUM_Q": 32, "NUM_KV": 8, "HEAD": 128, "HAS_BIAS": True, "HAS_NORM": True, "BLOCK_H": 16, "BLOCK_E": 64}
 _SWIGLU_LORA = {"HAS_UPDATE": True, "GATE_FROM": 0, "UP_FROM": 64, "UP_TO": 128, "BLOCK_R": 64, "A_RANK": 64}
 _SWIGLU_LORA |= {"A_BLOCK": 64, "BLOCK_T": swiglu_lora.BLOCK_T, "BLOCK_N": swiglu_lora.BLOCK_N}
+_NF4_TYPES = {"codes_ptr": "*u8", "absmax_ptr": "*u8", "num_numbers": "i64"}
+_NF4_TYPES |= {f"{name}_ptr": "*fp32" for name in ("nested", "map", "offset", "values", "scale")}
+_NF4 = {"IS_NESTED": True, "LARGEST": 448.0, "SIZE": 64}
 # kernel, pointers to the model's dtype and to others, floats, int64 values, constants: the largest that 8B models need
 CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     (
@@ -51,6 +54,19 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         fp8._fp8_quantize_long_kernel,
         {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
         {"LARGEST": 448.0, "BLOCK": 4096},
+    ),
+    ("nf4 to 16 bits", nf4._nf4_kernel, _NF4_TYPES, _NF4 | {"HAS_SCALE": False, "IS_ALIGNED": True, "BLOCKS": 16}),
+    (
+        "nf4 to e4m3",
+        nf4._nf4_kernel,
+        _NF4_TYPES | {"out_ptr": "*fp8e4nv"},
+        _NF4 | {"HAS_SCALE": True, "IS_ALIGNED": True, "BLOCKS": 16},
+    ),
+    (
+        "nf4 to e4m3, transposed",
+        nf4._nf4_transposed_kernel,
+        _NF4_TYPES | {"out_ptr": "*fp8e4nv"},
+        _NF4 | {"BLOCK_N": nf4._TILE_N},
     ),
     (
         "update in place",
