@@ -1,7 +1,7 @@
 """Model surgery: the one place where a loaded model is changed, in one order.
 
-1. load, or build with random weights on the device; bitsandbytes packs each weight as it is read, so at most a few
-   unpacked weights are held beside the packed model (``AUTOMODEL_BNB_STREAMING`` asks for what happens anyway);
+1. load, or build with random weights on the device; in 4 bits `quantized_load` packs each weight as it is read or draws
+   random codes, and what it cannot read, and all of 8 bits, Transformers and bitsandbytes do;
 2. freeze what ``freeze_config`` names;
 3. put adapters on whatever linear layers are there, packed or not;
 4. move to the device, unless the weights were read straight onto it;
@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nemo_automodel._transformers import quantized_load
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
 from nemo_automodel._transformers.model_source import readable_errors
-from nemo_automodel._transformers.options import FREEZE_KEYS
+from nemo_automodel._transformers.options import FREEZE_KEYS, Quantization
 from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
 from nemo_automodel.components.quantization.config import CompileConfig
 from nemo_automodel.shared.errors import UserError
@@ -61,7 +62,7 @@ class AssemblyPlan:
     fast_layers: str = "auto"
     force_hf: bool = False
     autocast_dtype: str | None = None
-    quantization: BitsAndBytesConfig | None = None
+    quantization: Quantization | None = None
     freeze: dict[str, bool] = field(default_factory=dict)
     peft: PeftConfig | None = None
     activation_checkpointing: str = "none"
@@ -97,7 +98,7 @@ def _fast_request(plan: AssemblyPlan) -> FastRequest:
         peft=plan.peft,
         recompute=plan.activation_checkpointing,
         force_hf=plan.force_hf,
-        is_quantized=plan.quantization is not None,
+        computes_in_fp8=plan.quantization is not None and plan.quantization.computes_in_fp8,
         is_compiled=plan.compile_layers or (plan.compile is not None and plan.compile.enabled),
         autocast_dtype=plan.autocast_dtype,
         asks_attention=plan.asks_attention,
@@ -105,20 +106,61 @@ def _fast_request(plan: AssemblyPlan) -> FastRequest:
 
 
 def _build(plan: AssemblyPlan) -> PreTrainedModel:
-    if plan.quantization is not None:
-        raise UserError("`quantization` packs trained weights, but `from_config` makes random ones. Leave one out.")
-    model: PreTrainedModel
+    quantization = plan.quantization
+    if quantization is not None and quantization.four_bit is not None:
+        blueprint = _blueprint(plan, torch.float32)
+        model = quantized_load.build_empty(blueprint)
+        reason = quantized_load.model_obstacle(model)
+        if reason is not None:
+            raise UserError(f"`from_config` cannot make random weights in 4 bits: {reason}. Leave `quantization` out.")
+        return quantized_load.build_packed(model, blueprint, quantization.four_bit)
+    if quantization is not None:
+        raise UserError(
+            "`from_config` makes random weights in 4 bits or unquantised, not in 8 bits. Set `load_in_4bit: true` "
+            "instead of `load_in_8bit`, or leave `quantization` out."
+        )
+    random: PreTrainedModel
     with plan.device:  # random numbers are made where they stay: a second for 8B parameters, a minute on a CPU
-        model = plan.auto_class.from_config(
+        random = plan.auto_class.from_config(
             plan.config,
             dtype=plan.dtype or torch.float32,
             attn_implementation=plan.attn_implementation,
             trust_remote_code=plan.trust_remote_code,
         )
-    return model
+    return random
+
+
+def _blueprint(plan: AssemblyPlan, default_dtype: torch.dtype) -> quantized_load.Blueprint:
+    return quantized_load.Blueprint(
+        plan.auto_class,
+        plan.config,
+        plan.dtype or default_dtype,
+        plan.device,
+        plan.attn_implementation,
+        plan.trust_remote_code,
+    )
 
 
 def _load(plan: AssemblyPlan, source: str) -> PreTrainedModel:
+    four_bit = None if plan.quantization is None else plan.quantization.four_bit
+    if four_bit is None:
+        return _load_with_transformers(plan, source)
+    with readable_errors(source):
+        files = quantized_load.find_files(source, plan.hub)
+    stored = next((t.dtype for t in files.weights.values() if t.dtype.is_floating_point), None) if files else None
+    blueprint = _blueprint(plan, stored or torch.float32)
+    model = quantized_load.build_empty(blueprint)
+    reason = quantized_load.model_obstacle(model) or quantized_load.file_obstacle(model, files)
+    if reason is not None or files is None:
+        logger.info("Weights: packed by Transformers and bitsandbytes: %s.", reason)
+        del model
+        return _load_with_transformers(plan, source)
+    model, report = quantized_load.load_packed(model, files, blueprint, four_bit)
+    _check_loaded(model, report, source)
+    return model
+
+
+def _load_with_transformers(plan: AssemblyPlan, source: str) -> PreTrainedModel:
     # reading straight onto the GPU halves the peak where CPU and GPU share memory; Transformers needs accelerate for it
     reads_onto_device = plan.quantization is not None or (plan.device.type != "cpu" and is_available("accelerate"))
     model: PreTrainedModel
@@ -128,7 +170,7 @@ def _load(plan: AssemblyPlan, source: str) -> PreTrainedModel:
             config=plan.config,
             dtype=plan.dtype or "auto",
             attn_implementation=plan.attn_implementation,
-            quantization_config=plan.quantization,
+            quantization_config=None if plan.quantization is None else plan.quantization.for_bitsandbytes(),
             device_map={"": plan.device} if reads_onto_device else None,
             trust_remote_code=plan.trust_remote_code,
             output_loading_info=True,

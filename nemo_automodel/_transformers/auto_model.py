@@ -27,6 +27,7 @@ from nemo_automodel._transformers.options import (
     resolve_device,
     resolve_dtype,
     resolve_quantization,
+    stored_quantization,
 )
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components.quantization.config import CompileConfig, QuantizationConfig
@@ -132,6 +133,8 @@ class _NeMoAutoModel:
             config = load_config(name, options.trust_remote_code, hub, options.overrides)
         elif options.overrides:
             config = _override(config, options.overrides)
+        if quantization is None and options.peft_config is not None and not has_random_weights:
+            quantization = resolve_quantization(stored_quantization(config), has_adapter=True)
         stored = parse_dtype(config.dtype) if config.dtype is not None else None
         dtype = resolve_dtype(options.torch_dtype, stored, device)
         attention = resolve_attention(options.attn_implementation, cls._model_class(config), device, dtype)

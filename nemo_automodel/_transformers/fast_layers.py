@@ -27,7 +27,11 @@ from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
 from nemo_automodel.components.fast.decoder_layer import Attention, causal_attention, speed_up
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import GROUPS, Adapter
+from nemo_automodel.components.fast.nf4_store import Nf4Fp8Store, Nf4Store
 from nemo_automodel.components.fast.spec import UnfitError, check_family, read_spec
+from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
+from nemo_automodel.components.quantization.linear4bit import Linear4bit
+from nemo_automodel.shared.dtypes import dtype_name
 from nemo_automodel.shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +50,8 @@ class FastRequest:
     recompute: str = "none"
     """``none``, ``selective`` or ``full``."""
     force_hf: bool = False
-    is_quantized: bool = False
+    computes_in_fp8: bool = False
+    """4-bit weights are multiplied in 8 bits, which only the fast layers can."""
     is_compiled: bool = False
     autocast_dtype: str | None = None
     asks_attention: bool = False
@@ -64,6 +69,11 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     layers = _layers(model)
     reason = _obstacle(model, layers, request)
     if reason is not None:
+        if request.computes_in_fp8:
+            raise UserError(
+                f"`quantization.compute_in_fp8: true` needs the fast decoder layers, and {reason}. Leave "
+                "`compute_in_fp8` out: weights stay in 4 bits and are multiplied in the compute dtype."
+            )
         if request.wish == "on":
             raise UserError(
                 f"`model.fast_layers: on` cannot be: {reason}. Set it to auto, which then takes Transformers' layers."
@@ -73,12 +83,13 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
     name, total = type(layers[0]).__name__, len(layers)
-    adapters = _adapters(model)
+    adapters, (store, weights) = _adapters(model), _choose_store(layers[0], request)
     for layer in layers:
-        speed_up(layer, adapters, request.recompute, choose_attention=attention_for)
+        speed_up(layer, adapters, request.recompute, store, choose_attention=attention_for)
     speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
-    logger.info("Decoder layers: fast (%d of %d, %s; recomputed: %s).", total, total, name, request.recompute)
+    what = f"{total} of {total}, {name}{weights}; recomputed: {request.recompute}"
+    logger.info("Decoder layers: fast (%s).", what)
     return True
 
 
@@ -137,6 +148,7 @@ def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], 
             check_family(model.config.model_type, layer)
             read_spec(layer)
             _check_weights(layer)
+            _check_packed(layer, request.computes_in_fp8)
     except UnfitError as error:
         return str(error)
     return _obstacle_on_machine(model) if request.wish == "auto" else None
@@ -149,7 +161,6 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
         "`force_hf: true`": request.force_hf,
         "`fast_layers: off`": request.wish == "off",
         "every weight is trained; the fast layers are for adapters over a frozen base": peft is None,
-        "`quantization` packs the weights, which is not on the fast path yet": request.is_quantized,
         "the layers are compiled instead": request.is_compiled,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
         "DoRA is not on the fast path yet": peft is not None and peft.use_dora,
@@ -172,24 +183,62 @@ def _obstacle_on_machine(model: PreTrainedModel) -> str | None:
     return None if machine.has_compiler else "Triton needs a C compiler, and neither cc, gcc nor clang is installed"
 
 
+def _choose_store(layer: nn.Module, request: FastRequest) -> tuple[type[WeightStore], str]:
+    """Return how the weights of the layers are kept, and words for the log. All layers are alike."""
+    linear = layer.get_submodule(GROUPS["o"][0])
+    if not isinstance(linear, Linear4bit):
+        return DenseStore, ""
+    kind = f"; weights: {linear.packed.quant_type}"
+    return (Nf4Fp8Store, f"{kind}, multiplied in 8 bits") if request.computes_in_fp8 else (Nf4Store, kind)
+
+
+def _linears(layer: nn.Module) -> dict[str, nn.Module]:
+    return {path: layer.get_submodule(path) for paths in GROUPS.values() for path in paths}
+
+
+def _check_packed(layer: nn.Module, computes_in_fp8: bool) -> None:
+    """Refuse layers of which only a part is packed, or whose arithmetic is not that of the rest of the model.
+
+    Raises:
+        UnfitError: the first that does not fit.
+    """
+    linears = _linears(layer)
+    packed = {path: linear for path, linear in linears.items() if isinstance(linear, Linear4bit)}
+    if packed and len(packed) < len(linears):
+        first = next(path for path in linears if path not in packed)
+        raise UnfitError(f"`{first}` is not packed and other layers are")
+    dtype = layer.get_parameter("input_layernorm.weight").dtype
+    for path, linear in packed.items():
+        if linear.compute_dtype != dtype:
+            raise UnfitError(
+                f"`quantization.bnb_4bit_compute_dtype` is {dtype_name(linear.compute_dtype)} and the model's dtype "
+                f"{dtype_name(dtype)}"
+            )
+        if computes_in_fp8 and (linear.in_features % linear.packed.block_size or linear.out_features % 16):
+            raise UnfitError(
+                f"`{path}` has {linear.in_features} inputs and {linear.out_features} outputs, and 8 bits need "
+                f"multiples of {linear.packed.block_size} and 16"
+            )
+
+
 def _check_weights(layer: nn.Module) -> None:
     """Refuse layers whose own weights learn, differ in dtype, or are stored in a way of their own.
 
     Raises:
         UnfitError: the first that does not fit.
     """
-    adapters = set()
-    for paths in GROUPS.values():
-        for path in paths:
-            linear = layer.get_submodule(path)
-            if type(linear) not in (nn.Linear, LinearLoRA):
-                raise UnfitError(f"`{path}` is a {type(linear).__name__}")
-            if isinstance(linear, LinearLoRA):
-                adapters |= {id(linear.lora_A.weight), id(linear.lora_B.weight)}
+    adapters, codes = set(), set()
+    for path, linear in _linears(layer).items():
+        if isinstance(linear, Linear4bit):
+            codes.add(id(linear.weight))
+        elif type(linear) not in (nn.Linear, LinearLoRA):
+            raise UnfitError(f"`{path}` is a {type(linear).__name__}")
+        if isinstance(linear, LinearLoRA):
+            adapters |= {id(linear.lora_A.weight), id(linear.lora_B.weight)}
     own = {name: parameter for name, parameter in layer.named_parameters() if id(parameter) not in adapters}
     for name, parameter in own.items():
         if parameter.requires_grad:
             raise UnfitError(f"`{name}` is trained; the fast layers are for adapters over a frozen base")
-    dtypes = sorted({str(parameter.dtype) for parameter in own.values()})
+    dtypes = sorted({str(parameter.dtype) for parameter in own.values() if id(parameter) not in codes})
     if len(dtypes) > 1:
         raise UnfitError(f"its weights are of several dtypes ({', '.join(dtypes)})")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from nemo_automodel._transformers.quantized_load import FourBit
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components.fast.config import parse_fast_layers
 from nemo_automodel.components.quantization.config import CompileConfig, QuantizationConfig
@@ -143,13 +144,43 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """What is asked for: 4 bits, which this project packs itself where it can, or 8 bits, which bitsandbytes does."""
+
+    four_bit: FourBit | None
+    computes_in_fp8: bool = False
+    original: BitsAndBytesConfig | None = None
+    """What the caller gave, where it was this."""
+
+    def for_bitsandbytes(self) -> BitsAndBytesConfig:
+        """Return what to ask bitsandbytes for.
+
+        Raises:
+            UserError: bitsandbytes or accelerate is missing.
+        """
+        require("bitsandbytes", "`quantization`")
+        require("accelerate", "`quantization`")
+        if self.original is not None:
+            return self.original
+        if self.four_bit is None:
+            return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=self.four_bit.compute_dtype,
+            bnb_4bit_use_double_quant=self.four_bit.is_nested,
+            bnb_4bit_quant_type=self.four_bit.quant_type,
+            bnb_4bit_quant_storage=self.four_bit.storage_dtype,
+        )
+
+
 def resolve_quantization(
     value: QuantizationConfig | BitsAndBytesConfig | dict[str, Any] | None, has_adapter: bool
-) -> BitsAndBytesConfig | None:
-    """Return what bitsandbytes is asked for, or None when weights stay as they are.
+) -> Quantization | None:
+    """Return how weights are packed, or None when they stay as they are.
 
     Raises:
-        UserError: bitsandbytes or accelerate is missing, bad values, or nothing that could be trained.
+        UserError: a package is missing, bad values, or nothing that could be trained.
     """
     if isinstance(value, dict):
         unknown = sorted(set(value) - {item.name for item in fields(QuantizationConfig)})
@@ -157,25 +188,38 @@ def resolve_quantization(
             known = [item.name for item in fields(QuantizationConfig)]
             raise ConfigError(f"`quantization.{unknown[0]}` is not known.{did_you_mean(unknown[0], known)}")
         value = QuantizationConfig(**value)
-    if isinstance(value, QuantizationConfig):
-        if not (value.load_in_4bit or value.load_in_8bit):
-            return None
-        require("bitsandbytes", "`quantization`")
-        require("accelerate", "`quantization`")
-        value = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=value.load_in_4bit,
-            load_in_8bit=value.load_in_8bit,
-            bnb_4bit_compute_dtype=parse_dtype(value.bnb_4bit_compute_dtype, "quantization.bnb_4bit_compute_dtype"),
-            bnb_4bit_use_double_quant=value.bnb_4bit_use_double_quant,
-            bnb_4bit_quant_type=value.bnb_4bit_quant_type,
-            bnb_4bit_quant_storage=parse_dtype(value.bnb_4bit_quant_storage, "quantization.bnb_4bit_quant_storage"),
-        )
-    if value is not None and not has_adapter:
+    if value is None or not (value.load_in_4bit or value.load_in_8bit):
+        return None
+    if not has_adapter:
         raise UserError(
             "`quantization` freezes the weights in 4 or 8 bits, so there is nothing to train without an adapter. "
             "Add a `peft` section, or leave `quantization` out."
         )
-    return value
+    original = value if isinstance(value, BitsAndBytesConfig) else None
+    four_bit = None
+    if value.load_in_4bit:
+        four_bit = FourBit(
+            quant_type=value.bnb_4bit_quant_type,
+            is_nested=value.bnb_4bit_use_double_quant,
+            compute_dtype=parse_dtype(value.bnb_4bit_compute_dtype, "quantization.bnb_4bit_compute_dtype"),
+            storage_dtype=parse_dtype(value.bnb_4bit_quant_storage, "quantization.bnb_4bit_quant_storage"),
+            skip=tuple(original.llm_int8_skip_modules or ()) if original is not None else (),
+        )
+    in_fp8 = isinstance(value, QuantizationConfig) and value.compute_in_fp8
+    resolved = Quantization(four_bit, in_fp8, original)
+    if four_bit is None:
+        resolved.for_bitsandbytes()  # says at once if a package is missing
+    return resolved
+
+
+def stored_quantization(config: PretrainedConfig) -> QuantizationConfig | None:
+    """Return how config.json says the weights are packed already: in 4 bits by bitsandbytes, or None for all else."""
+    stored: Any = getattr(config, "quantization_config", None)
+    values = stored.to_dict() if isinstance(stored, BitsAndBytesConfig) else stored
+    if not isinstance(values, dict) or values.get("quant_method") != "bitsandbytes" or not values.get("load_in_4bit"):
+        return None
+    names = {item.name for item in fields(QuantizationConfig)} - {"load_in_8bit"}
+    return QuantizationConfig(**{key: value for key, value in values.items() if key in names and value is not None})
 
 
 def resolve_dtype(wanted: str | torch.dtype, stored: torch.dtype | None, device: torch.device) -> torch.dtype | None:

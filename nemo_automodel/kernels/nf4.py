@@ -1,9 +1,9 @@
 """Matrices in 4 bits, in the format of bitsandbytes: quantisation, and back to 16 bits or on to 8 in one launch.
 
-A matrix ``[N, K]`` is read row by row and cut into blocks of 64 numbers. Each block keeps its largest magnitude and, for
-each number, the index of the nearest of 16 values between -1 and 1, two indices a byte, the earlier in the upper half.
-NF4 (Dettmers et al. 2023, section 3) places the 16 values at quantiles of a normal distribution, FP4 at those of a
-float with two bits of exponent. With double quantisation the magnitudes are stored in 8 bits themselves: less their
+A matrix ``[N, K]`` is read row by row and cut into blocks of 64 numbers. Each block keeps its largest magnitude, and
+for each number the index of the nearest of 16 values between -1 and 1, two indices a byte, the earlier in the upper
+half. NF4 (Dettmers et al. 2023, section 3) places the 16 values at quantiles of a normal distribution, FP4 at those of
+a float with two bits of exponent. With double quantisation the magnitudes are stored in 8 bits themselves: less their
 mean, in blocks of 256, by the nearest of the 256 values of the dynamic map (Dettmers et al. 2022, section 1.3). That is
 0.516 bytes a number, 0.5625 without.
 
@@ -265,8 +265,10 @@ def _magnitudes(absmax_ptr, nested_ptr, map_ptr, offset_ptr, blocks, mask, IS_NE
     if IS_NESTED:
         index = tl.load(absmax_ptr + blocks, mask=mask, other=0).to(tl.int32)
         outer = tl.load(nested_ptr + blocks // 256, mask=mask, other=0.0)
-        return tl.load(map_ptr + index) * outer + tl.load(offset_ptr)
-    return tl.load(absmax_ptr + blocks, mask=mask, other=0.0)
+        tops = tl.load(map_ptr + index) * outer + tl.load(offset_ptr)
+    else:
+        tops = tl.load(absmax_ptr + blocks, mask=mask, other=0.0)
+    return tops
 
 
 @jit

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from nemo_automodel.components.distributed.init_utils import DistInfo
+from nemo_automodel.components.quantization.linear4bit import Linear4bit
 from nemo_automodel.shared.dtypes import dtype_name
 
 logger = logging.getLogger(__name__)
@@ -83,10 +84,11 @@ def log_model(model: torch.nn.Module) -> None:
 def _sizes_by_dtype(model: torch.nn.Module, is_trainable: bool) -> Counter[str]:
     """Return how many parameters there are of each dtype; 4-bit weights lie two in a byte or more in a word."""
     sizes: Counter[str] = Counter()
+    packed = {id(m.weight) for m in model.modules() if isinstance(m, Linear4bit)}
     for p in model.parameters():
         if p.requires_grad != is_trainable:
             continue
-        if type(p).__name__ == "Params4bit":  # by name: bitsandbytes is optional
+        if id(p) in packed or type(p).__name__ == "Params4bit":  # by name: bitsandbytes is optional
             sizes["4-bit"] += p.numel() * p.element_size() * 2
         else:
             sizes[dtype_name(p.dtype)] += p.numel()

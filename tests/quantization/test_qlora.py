@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from support.tiny import make_model_dir
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.model_files import ModelFiles
@@ -33,11 +34,20 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def load_ours(path, settings, **peft_settings):
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory):
+    """Return a model whose rows are whole blocks: bitsandbytes' CPU path misreads others."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    path = make_model_dir(tmp_path_factory.mktemp("packed") / "llama", **sizes)
+    return lambda family: path
+
+
+def load_ours(path, settings, fast_layers="auto", **peft_settings):
     return NeMoAutoModelForCausalLM.from_pretrained(
         str(path),
         device="cpu",
         quantization_config=QuantizationConfig(**settings),
+        fast_layers=fast_layers,
         peft_config=PeftConfig(target_modules="*_proj", dim=4, alpha=8, **peft_settings),
     )
 
@@ -50,6 +60,10 @@ def load_theirs(path, settings):
     )  # fmt: skip
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes fails on small layers where the CPU has it
+    return model
+
+
+def with_adapters(model):
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
 
@@ -60,9 +74,18 @@ def run(model):
     return loss.detach()
 
 
+@pytest.mark.parametrize("fast_layers", ["on", "off"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_loss_and_gradients_equal_transformers_with_peft(model_dirs, name):
-    ours, theirs = load_ours(model_dirs("llama"), SETTINGS[name]), load_theirs(model_dirs("llama"), SETTINGS[name])
+def test_loss_and_gradients_equal_transformers_with_peft(model_dirs, name, fast_layers):
+    if name == "int8" and fast_layers == "on":
+        pytest.skip("8 bits are not on the fast path")
+    ours, theirs = (
+        load_ours(model_dirs("llama"), SETTINGS[name], fast_layers),
+        load_theirs(model_dirs("llama"), SETTINGS[name]),
+    )
+    if name != "int8":  # the same bytes on both sides: magnitudes that bitsandbytes rounds its own way included
+        assert not ours.load_state_dict(theirs.state_dict(), strict=False).unexpected_keys
+    theirs = with_adapters(theirs)
     generator = torch.Generator().manual_seed(1)
     tensors = {n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in adapter_state_dict(ours).items()}
     load_adapter_state_dict(ours, tensors)
@@ -95,7 +118,7 @@ def test_the_base_is_packed_and_stays_as_it_is(model_dirs):
     model = load_ours(model_dirs("llama"), SETTINGS["nf4"]).train()
     layer = lora_layers(model)["model.layers.0.mlp.up_proj"]
     assert type(layer).__name__ == "Linear4bitLoRA"
-    assert layer.weight.numel() * layer.weight.element_size() == 32 * 64 // 2
+    assert layer.weight.numel() * layer.weight.element_size() == 64 * 128 // 2
     assert type(model.lm_head) is torch.nn.Linear
     before = copy.deepcopy(layer.weight.data)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -105,7 +128,7 @@ def test_the_base_is_packed_and_stays_as_it_is(model_dirs):
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
-    assert torch.equal(before, layer.weight.data)
+    assert torch.equal(before.view(torch.uint8), layer.weight.data.view(torch.uint8))  # as numbers some are NaN
 
 
 def test_recomputation_over_a_packed_base(model_dirs):
@@ -143,15 +166,17 @@ def test_mistakes(model_dirs, monkeypatch):
         load(name, device="cpu", quantization_config={"load_in_4bit": True})
     with pytest.raises(UserError, match=r"`peft\.use_dora: true` needs"):
         load_ours(name, SETTINGS["nf4"], use_dora=True)
-    with pytest.raises(UserError, match="makes random ones"):
-        build(name, device="cpu", quantization_config={"load_in_4bit": True}, peft_config=cfg)
+    with pytest.raises(UserError, match="not in 8 bits"):
+        build(name, device="cpu", quantization_config={"load_in_8bit": True}, peft_config=cfg)
+    with pytest.raises(ConfigError, match="but `load_in_4bit` is false"):
+        load(name, quantization_config={"load_in_8bit": True, "compute_in_fp8": True}, peft_config=cfg)
     with pytest.raises(ConfigError, match="Did you mean `load_in_4bit`"):
         load(name, quantization_config={"load_in_4bits": True}, peft_config=cfg)
     with pytest.raises(ConfigError, match=r"quantization\.bnb_4bit_compute_dtype: fp7"):
         load(name, quantization_config={"load_in_4bit": True, "bnb_4bit_compute_dtype": "fp7"}, peft_config=cfg)
     monkeypatch.setattr("nemo_automodel.shared.imports.is_available", lambda package: False)
     with pytest.raises(UserError, match=r"pip install 'nemo-automodel\[qlora\]'"):
-        load(name, quantization_config={"load_in_4bit": True}, peft_config=cfg)
+        load(name, quantization_config={"load_in_8bit": True}, peft_config=cfg)
 
 
 def test_neither_4_nor_8_bit_is_an_ordinary_model(model_dirs):

@@ -54,7 +54,7 @@ class LinearLoRA(nn.Linear):
         Raises:
             UserError: DoRA on a quantised layer, or ``lora_dtype`` is no float dtype.
         """
-        if cfg.use_dora and type(layer).__module__.startswith("bitsandbytes"):
+        if cfg.use_dora and not _has_plain_weight(layer):
             raise UserError(
                 "`peft.use_dora: true` needs the lengths of the weight rows, which a quantised base does not keep. "
                 "Turn off `use_dora` or `quantization`."
@@ -127,6 +127,11 @@ def _adapted_class(base: type[nn.Linear]) -> type[LinearLoRA]:
         made = LinearLoRA if base is nn.Linear else type(f"{base.__name__}LoRA", (LinearLoRA, base), {})
         _ADAPTED_CLASSES[base] = made
     return _ADAPTED_CLASSES[base]
+
+
+def _has_plain_weight(layer: nn.Linear) -> bool:
+    """Tell whether the weight is a matrix of numbers, not codes."""
+    return layer.weight.is_floating_point() and layer.weight.shape == (layer.out_features, layer.in_features)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LinearLoRA]:

@@ -10,7 +10,7 @@ from nemo_automodel.shared.errors import ConfigError
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """The ``quantization:`` section: a frozen base stored in 4 or 8 bits by bitsandbytes."""
+    """The ``quantization:`` section: a frozen base stored in 4 or 8 bits, in the formats of bitsandbytes."""
 
     load_in_4bit: bool = False
     load_in_8bit: bool = False
@@ -18,12 +18,19 @@ class QuantizationConfig:
     bnb_4bit_use_double_quant: bool = True
     bnb_4bit_quant_type: str = "nf4"
     bnb_4bit_quant_storage: str = "bfloat16"
+    compute_in_fp8: bool = False
+    """Multiply 4-bit weights in E4M3, scaled by output channels and tokens, instead of in the compute dtype."""
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError(
                 "`quantization.load_in_4bit` and `quantization.load_in_8bit` are both true, but weights are stored one "
                 "way only. Set one of them to false."
+            )
+        if self.compute_in_fp8 and not self.load_in_4bit:
+            raise ConfigError(
+                "`quantization.compute_in_fp8: true` multiplies 4-bit weights in 8 bits, but `load_in_4bit` is false. "
+                "Set `quantization.load_in_4bit: true`, or leave `compute_in_fp8` out."
             )
         if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
             raise ConfigError(
