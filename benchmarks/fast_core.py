@@ -606,11 +606,15 @@ def profile(run: Callable[[], Any], device: str) -> dict[str, Any]:
 def kind_of_kernel(name: str) -> str:
     if name.startswith("_fp8_"):
         return "quantise"
+    if name.startswith("_nf4_"):
+        return "unpack"
     return "LoRA" if name.startswith(("_add_update_", "_sum_")) else "elementwise"
 
 
 def is_ours(kernel: str) -> bool:
-    return kernel.startswith(("_norm_", "_rope_", "_swiglu_", "_cross_entropy_", "_fp8_", "_add_update_", "_sum_"))
+    return kernel.startswith(
+        ("_norm_", "_rope_", "_swiglu_", "_cross_entropy_", "_fp8_", "_nf4_", "_add_update_", "_sum_")
+    )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ _TILE_BYTES = 512
 """Packed bytes of a program."""
 _TILE_N = 128
 """Rows of a transposed tile."""
+_NUM_WARPS = 4
 
 # NF4's are the constants of the paper's appendix E, FP4's the 16 bit patterns of its sign, two exponents and mantissa
 _VALUES = {
@@ -390,7 +391,7 @@ def dequantize_triton(packed: Packed, out_NK: torch.Tensor, scale_N: torch.Tenso
         LARGEST=E4M3_MAX,
         SIZE=packed.block_size,
         BLOCKS=blocks,
-        num_warps=4,
+        num_warps=_NUM_WARPS,
     )
 
 
@@ -407,5 +408,5 @@ def dequantize_transposed_triton(packed: Packed, out_KN: torch.Tensor, scale_N: 
         LARGEST=E4M3_MAX,
         SIZE=packed.block_size,
         BLOCK_N=_TILE_N,
-        num_warps=4,
+        num_warps=_NUM_WARPS,
     )

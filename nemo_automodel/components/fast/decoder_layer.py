@@ -152,7 +152,9 @@ class DecoderCore:
             store.prepare()
         return self._run(x_TD, call, keeps)
 
-    def _run(self, x_TD: torch.Tensor, call: _Call, keeps: bool) -> tuple[torch.Tensor, _Saved | None]:
+    def _run(
+        self, x_TD: torch.Tensor, call: _Call, keeps: bool, wants_output: bool = True
+    ) -> tuple[torch.Tensor, _Saved | None]:
         eps, num_tokens = self.spec.norm_eps, x_TD.shape[0]
         x1_TM = self.qkv.input_buffer(num_tokens)
         _, rstd1_T = rms_norm(x_TD, self._norm1.weight, eps, out_TD=x1_TM[:, : self.qkv.num_in])
@@ -177,7 +179,8 @@ class DecoderCore:
             gate_up_TM[:, : self.gate_up.num_out], h_TM[:, : self.down.num_in], update, a_RF, self.down.rank
         )
         low_down = self.down.low(h_TM) if low_down is None else low_down
-        y_TD = self.down.forward_added(x_mid_TD, h_TM, low_down)
+        # when a layer is recomputed nobody asks for its output: a fifth of the products is left out
+        y_TD = self.down.forward_added(x_mid_TD, h_TM, low_down) if wants_output else x_mid_TD
         if not keeps:
             return y_TD, None
         return y_TD, _Saved(
@@ -326,7 +329,7 @@ class _DecoderLayerFunction(torch.autograd.Function):
         (x_TD,) = ctx.saved_tensors
         saved, ctx.saved = ctx.saved, None
         if saved is None:
-            _, saved = ctx.core._run(x_TD, ctx.call, keeps=True)
+            _, saved = ctx.core._run(x_TD, ctx.call, keeps=True, wants_output=False)
         dx_TD, grads = ctx.core.backward(grad_outputs[0].contiguous(), x_TD, ctx.call, saved, ctx.needs_input_grad[0])
         return dx_TD, None, None, *grads
 

@@ -23,8 +23,17 @@ import torch
 
 from nemo_automodel.components.fast.weight_store import DenseStore, Fp8Store
 from nemo_automodel.kernels.fp8 import quantize_rows, scaled_product
+from nemo_automodel.kernels.jit import next_power_of_2
 from nemo_automodel.kernels.lora import Update
 from nemo_automodel.kernels.nf4 import Packed, channel_scales, dequantize, dequantize_e4m3
+
+
+def _narrow_width_of(rank: int) -> int:
+    """Return 16, 32 or multiples of 64.
+
+    The copies of the adapters are what a layer keeps beside its codes: at rank 16, 0.7 GB of a 70B model, not 1.4.
+    """
+    return 0 if rank == 0 else max(16, next_power_of_2(rank)) if rank <= 64 else -(-rank // 64) * 64
 
 
 class PackedLinear(Protocol):
@@ -66,6 +75,7 @@ class Nf4Store(DenseStore):
 
     _packed: tuple[Packed, ...]
     _scratch: Scratch
+    _width_of = staticmethod(_narrow_width_of)
 
     def _pack(self) -> None:
         linears: list[PackedLinear] = [slot.linear for slot in self.slots]  # type: ignore[misc]
@@ -96,6 +106,7 @@ class Nf4Fp8Store(Fp8Store):
     _scale_N1: torch.Tensor
     _ones_K1: torch.Tensor
     _scratch: Scratch
+    _width_of = staticmethod(_narrow_width_of)
 
     def _pack(self) -> None:
         linears: list[PackedLinear] = [slot.linear for slot in self.slots]  # type: ignore[misc]

@@ -69,11 +69,16 @@ class WeightStore:
         self.num_out = sum(slot.linear.out_features for slot in slots)
         rank = sum(slot.adapter.rank for slot in slots if slot.adapter is not None)
         self.rank = rank
-        self.rank_width = -(-rank // _RANK_TILE) * _RANK_TILE
+        self.rank_width = self._width_of(rank)
         self.dtype = slots[0].linear.weight.dtype
         self._places = self._lay_out()
         self.bias_N: torch.Tensor | None = None
         self._pack_all()
+
+    @staticmethod
+    def _width_of(rank: int) -> int:
+        """Return how many columns ``rank`` ranks take."""
+        return -(-rank // _RANK_TILE) * _RANK_TILE
 
     def _lay_out(self) -> list[tuple[Slot, slice, slice]]:
         """Return each slot with its output rows and its ranks."""
