@@ -174,7 +174,7 @@ def load_packed(
             Linear4bit.pack(module, packed, four_bit.compute_dtype, four_bit.storage_dtype)
         else:
             _place(module, key, tensor)
-        del tensor
+        del tensor, state
     _finish(model, blueprint)
     if (files.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(files.directory)
@@ -227,6 +227,7 @@ def _grouped(
             inner, value = next(tensors)
             state[inner.removeprefix(f"{name}.")] = value
         yield name, tensor, state
+        del tensor, state  # else they would stay while the next is read
 
 
 def _place(module: nn.Module, key: str, tensor: torch.Tensor) -> None:

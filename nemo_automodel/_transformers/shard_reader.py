@@ -79,20 +79,24 @@ def read_tensors(
                 if file >= 0:
                     os.close(file)
                 path, file = stored.path, os.open(stored.path, os.O_RDONLY)
-            bytes_ = torch.empty(stored.num_bytes, dtype=torch.uint8, device=device)
-            if buffer is None:
-                _read(file, stored.offset, bytes_)
-            else:
-                for first in range(0, stored.num_bytes, _BUFFER_BYTES):
-                    part = buffer[: min(_BUFFER_BYTES, stored.num_bytes - first)]
-                    _read(file, stored.offset + first, part)
-                    bytes_[first : first + len(part)].copy_(part)
-            if hasattr(os, "posix_fadvise"):  # Linux
-                os.posix_fadvise(file, stored.offset, stored.num_bytes, os.POSIX_FADV_DONTNEED)
-            yield name, bytes_.view(stored.dtype).view(stored.shape)
+            yield name, _read_tensor(file, stored, device, buffer)  # not through a variable: that would keep it
     finally:
         if file >= 0:
             os.close(file)
+
+
+def _read_tensor(file: int, stored: StoredTensor, device: torch.device, buffer: torch.Tensor | None) -> torch.Tensor:
+    raw = torch.empty(stored.num_bytes, dtype=torch.uint8, device=device)
+    if buffer is None:
+        _read(file, stored.offset, raw)
+    else:
+        for first in range(0, stored.num_bytes, _BUFFER_BYTES):
+            part = buffer[: min(_BUFFER_BYTES, stored.num_bytes - first)]
+            _read(file, stored.offset + first, part)
+            raw[first : first + len(part)].copy_(part)
+    if hasattr(os, "posix_fadvise"):  # Linux
+        os.posix_fadvise(file, stored.offset, stored.num_bytes, os.POSIX_FADV_DONTNEED)
+    return raw.view(stored.dtype).view(stored.shape)
 
 
 def _read(file: int, offset: int, out: torch.Tensor) -> None:

@@ -28,8 +28,10 @@ from nemo_automodel.kernels.jit import jit, runs_triton, tl
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
-_CHUNK_BLOCKS = 2**16
-"""Blocks that PyTorch handles at once, so that its intermediate results stay below some 100 MB."""
+_CHUNK_BLOCKS = 2**12
+"""Blocks that PyTorch handles at once on a CPU, so that its intermediate results stay below some 10 MB."""
+_CHUNKS_ON_GPU = 16
+"""How many times as many on a GPU, where each operation waits for a launch."""
 _TILE_BYTES = 512
 """Packed bytes of a program."""
 _TILE_N = 128
@@ -44,7 +46,7 @@ _VALUES = {
         *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
-    "fp4": tuple(sign * m / 12 for sign in (1.0, -1.0) for m in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+    "fp4": tuple(sign * m / 12 + 0.0 for sign in (1.0, -1.0) for m in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
 QUANT_TYPES = tuple(_VALUES)
 
@@ -121,8 +123,9 @@ def quantize(
     num_blocks = -(-flat_C.numel() // block_size)
     absmax_Q = torch.empty(num_blocks, dtype=torch.float32, device=flat_C.device)
     codes = torch.empty(-(-flat_C.numel() // 2), dtype=torch.uint8, device=flat_C.device)
-    for first in range(0, num_blocks, _CHUNK_BLOCKS):
-        part = flat_C[first * block_size : (first + _CHUNK_BLOCKS) * block_size].float()
+    chunk = _chunk_blocks(flat_C.device)
+    for first in range(0, num_blocks, chunk):
+        part = flat_C[first * block_size : (first + chunk) * block_size].float()
         padded = torch.nn.functional.pad(part, (0, -part.numel() % block_size)).view(-1, block_size)
         top = padded.abs().amax(dim=1)
         absmax_Q[first : first + len(top)] = top
@@ -166,6 +169,10 @@ def random_packed(
     spread = torch.rand(num_blocks, dtype=torch.float32, device=device, generator=generator)
     packed = Packed(codes, top * (0.9 + 0.2 * spread), None, None, shape, quant_type)
     return nest(packed) if is_nested else packed
+
+
+def _chunk_blocks(device: torch.device) -> int:
+    return _CHUNK_BLOCKS if device.type == "cpu" else _CHUNK_BLOCKS * _CHUNKS_ON_GPU
 
 
 def _matrix_shape(weight_NK: torch.Tensor) -> tuple[int, int]:
@@ -235,7 +242,7 @@ def dequantize_reference(packed: Packed, out_NK: torch.Tensor, scale_N: torch.Te
     """Do what `dequantize` and, with scales, `dequantize_e4m3` say in plain operations, some rows at a time."""
     num_rows, num_cols = packed.shape
     tops, values = block_magnitudes(packed), values_of(packed.quant_type, packed.codes.device)
-    rows_at_once = max(1, _CHUNK_BLOCKS * packed.block_size // max(num_cols, 1))
+    rows_at_once = max(1, _chunk_blocks(out_NK.device) * packed.block_size // max(num_cols, 1))
     rows_at_once += rows_at_once % 2  # an odd number of numbers would end inside a byte
     for first in range(0, num_rows, rows_at_once):
         last = min(first + rows_at_once, num_rows)

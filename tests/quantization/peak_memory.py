@@ -1,0 +1,38 @@
+"""Load a model in 4 bits and print by how much the peak of the process's memory grew, in bytes.
+
+Linux keeps the peak of the resident memory and forgets it when asked. Run as a program: ``peak_memory.py DIRECTORY
+SMALL_DIRECTORY``. The small model is loaded first, so that libraries are; they need more memory than it does.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel.components._peft.lora import PeftConfig
+from nemo_automodel.components.quantization.config import QuantizationConfig
+
+
+def load(path: str):
+    return NeMoAutoModelForCausalLM.from_pretrained(
+        path,
+        device="cpu",
+        quantization_config=QuantizationConfig(load_in_4bit=True, bnb_4bit_compute_dtype="float32"),
+        peft_config=PeftConfig(target_modules=["q_proj"], dim=1),
+    )
+
+
+def status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    load(sys.argv[2])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_bytes("VmRSS")
+    model = load(sys.argv[1])
+    print(status_bytes("VmHWM") - before)
