@@ -19,12 +19,15 @@ _LONGEST_ROW = 32768
 """Elements that a program holds in its registers; longer rows are read twice."""
 
 
-def quantize_rows(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``x / scale`` in E4M3, dense ``[M, K]``, and the scales, fp32 ``[M, 1]``. A row of zeros has scale 1."""
+def quantize_rows(x_MK: torch.Tensor, factor_K: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``x · factor / scale`` in E4M3, dense ``[M, K]``, and the scales of the rows, fp32 ``[M, 1]``.
+
+    ``factor_K`` is fp32. A row of zeros has scale 1.
+    """
     out_MK = torch.empty(x_MK.shape, dtype=torch.float8_e4m3fn, device=x_MK.device)
     scale_M1 = torch.empty((x_MK.shape[0], 1), dtype=torch.float32, device=x_MK.device)
     run = quantize_rows_triton if runs_triton(x_MK) else quantize_rows_reference
-    run(x_MK, out_MK, scale_M1)
+    run(x_MK, factor_K, out_MK, scale_M1)
     return out_MK, scale_M1
 
 
@@ -45,9 +48,11 @@ def scaled_product(
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
-def quantize_rows_reference(x_MK: torch.Tensor, out_MK: torch.Tensor, scale_M1: torch.Tensor) -> None:
+def quantize_rows_reference(
+    x_MK: torch.Tensor, factor_K: torch.Tensor | None, out_MK: torch.Tensor, scale_M1: torch.Tensor
+) -> None:
     """Do what `quantize_rows` says in plain operations."""
-    x = x_MK.float()
+    x = x_MK.float() if factor_K is None else x_MK.float() * factor_K
     top_M1 = x.abs().amax(dim=1, keepdim=True)
     scale_M1.copy_(torch.where(top_M1 > 0, top_M1 / E4M3_MAX, 1.0))
     out_MK.copy_((x / scale_M1).clamp(-E4M3_MAX, E4M3_MAX))
@@ -65,27 +70,52 @@ def quantized(x, LARGEST: tl.constexpr):
 
 
 @jit
+def _load(x_ptr, factor_ptr, cols, mask, HAS_FACTOR: tl.constexpr):
+    x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_FACTOR:
+        x *= tl.load(factor_ptr + cols, mask=mask, other=0.0)
+    return x
+
+
+@jit
 def _fp8_quantize_kernel(
-    x_ptr, out_ptr, scale_ptr, num_cols, x_row, out_row, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    factor_ptr,
+    out_ptr,
+    scale_ptr,
+    num_cols,
+    x_row,
+    out_row,
+    LARGEST: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < num_cols
-    x = tl.load(x_ptr + row * x_row + cols, mask=mask, other=0.0).to(tl.float32)
-    x, scale = quantized(x, LARGEST)
+    x, scale = quantized(_load(x_ptr + row * x_row, factor_ptr, cols, mask, HAS_FACTOR), LARGEST)
     tl.store(scale_ptr + row, scale)
     tl.store(out_ptr + row * out_row + cols, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
 def _fp8_quantize_long_kernel(
-    x_ptr, out_ptr, scale_ptr, num_cols, x_row, out_row, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    factor_ptr,
+    out_ptr,
+    scale_ptr,
+    num_cols,
+    x_row,
+    out_row,
+    LARGEST: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     tops = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, num_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * x_row + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
+        x = _load(x_ptr + row * x_row, factor_ptr, cols, cols < num_cols, HAS_FACTOR)
         tops = tl.maximum(tops, tl.abs(x))
     top = tl.max(tops, axis=0)
     scale = tl.where(top > 0, top / LARGEST, 1.0)
@@ -93,12 +123,14 @@ def _fp8_quantize_long_kernel(
     for start in range(0, num_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < num_cols
-        x = tl.load(x_ptr + row * x_row + cols, mask=mask, other=0.0).to(tl.float32) / scale
+        x = _load(x_ptr + row * x_row, factor_ptr, cols, mask, HAS_FACTOR) / scale
         x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
         tl.store(out_ptr + row * out_row + cols, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def quantize_rows_triton(x_MK: torch.Tensor, out_MK: torch.Tensor, scale_M1: torch.Tensor) -> None:
+def quantize_rows_triton(
+    x_MK: torch.Tensor, factor_K: torch.Tensor | None, out_MK: torch.Tensor, scale_M1: torch.Tensor
+) -> None:
     """Do what `quantize_rows` says, one program a row."""
     num_rows, num_cols = x_MK.shape
     block = next_power_of_2(num_cols)
@@ -107,12 +139,14 @@ def quantize_rows_triton(x_MK: torch.Tensor, out_MK: torch.Tensor, scale_M1: tor
         kernel, block = _fp8_quantize_long_kernel, _LONGEST_ROW // 8
     kernel[(num_rows,)](
         x_MK,
+        x_MK if factor_K is None else factor_K,
         out_MK,
         scale_M1,
         num_cols,
         x_MK.stride(0),
         out_MK.stride(0),
         LARGEST=E4M3_MAX,
+        HAS_FACTOR=factor_K is not None,
         BLOCK=block,
         num_warps=num_warps_for(block),
     )

@@ -46,14 +46,14 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     (
         "fp8 quantize",
         fp8._fp8_quantize_kernel,
-        {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
-        {"LARGEST": 448.0, "BLOCK": 32768},
+        {"factor_ptr": "*fp32", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+        {"LARGEST": 448.0, "HAS_FACTOR": True, "BLOCK": 32768},
     ),
     (
         "fp8 quantize long rows",
         fp8._fp8_quantize_long_kernel,
-        {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
-        {"LARGEST": 448.0, "BLOCK": 4096},
+        {"factor_ptr": "*fp32", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+        {"LARGEST": 448.0, "HAS_FACTOR": True, "BLOCK": 4096},
     ),
     ("nf4 to 16 bits", nf4._nf4_kernel, _NF4_TYPES, _NF4 | {"HAS_SCALE": False, "IS_ALIGNED": True, "BLOCKS": 16}),
     (

@@ -19,14 +19,17 @@ RUNS = [
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 1), (2, 130), (3, 4103), (2, 32771)])
-def test_every_number_is_the_nearest_one(run, dtype, shape):
+@pytest.mark.parametrize("has_factor", [False, True])
+def test_every_number_is_the_nearest_one(run, dtype, shape, has_factor):
     torch.manual_seed(shape[1])
     x = in_wider_buffer((torch.randn(shape) * torch.tensor([[1e-3], [1.0], [300.0]])[: shape[0]]).to(dtype), 3)
     x[0] = 0
     out = torch.full(shape, float("nan")).to(torch.float8_e4m3fn)
     scale = torch.full((shape[0], 1), float("nan"))
-    run(x, out, scale)
-    wanted_scale = x.float().abs().amax(1, keepdim=True) / 448
+    factor = torch.rand(shape[1]) + 0.5 if has_factor else None
+    run(x, factor, out, scale)
+    x = x.float() if factor is None else x.float() * factor
+    wanted_scale = x.abs().amax(1, keepdim=True) / 448
     wanted_scale[0] = 1
     torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
     # all positive E4M3 numbers; the result must be the nearest of them to within a division's rounding

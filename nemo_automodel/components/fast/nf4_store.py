@@ -21,10 +21,10 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from nemo_automodel.components.fast.weight_store import DenseStore, Fp8Store
+from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.kernels.fp8 import quantize_rows, scaled_product
 from nemo_automodel.kernels.jit import next_power_of_2
-from nemo_automodel.kernels.lora import Update
+from nemo_automodel.kernels.lora import Update, add_update_
 from nemo_automodel.kernels.nf4 import Packed, channel_scales, dequantize, dequantize_e4m3
 
 
@@ -99,8 +99,8 @@ class Nf4Store(DenseStore):
         return buffer
 
 
-class Nf4Fp8Store(Fp8Store):
-    """Weights in 4 bits, multiplied in 8."""
+class Nf4Fp8Store(WeightStore):
+    """Weights in 4 bits, multiplied in 8. The adapters' update is added afterwards, by the next kernel where it can."""
 
     _packed: tuple[Packed, ...]
     _scale_N1: torch.Tensor
@@ -120,19 +120,45 @@ class Nf4Fp8Store(Fp8Store):
         self._scratch = Scratch.of(device)
         self._scratch.matrix(self.num_out, self.num_in, torch.float8_e4m3fn)
 
-    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
-        """Return the outputs of the base weights."""
-        quantized, scales = quantize_rows(x_TM)
+    def _product(self, x_TM: torch.Tensor) -> torch.Tensor:
+        """Return x·Wᵀ."""
+        x, x_scale = quantize_rows(x_TM)
         weight_NK = self._scratch.matrix(self.num_out, self.num_in, torch.float8_e4m3fn)
         for packed, (_, rows, _) in zip(self._packed, self._places, strict=True):
             dequantize_e4m3(packed, self._scale_N1[rows, 0], weight_NK[rows])
-        return scaled_product(quantized, scales, weight_NK, self._scale_N1, self.dtype)
+        return scaled_product(x, x_scale, weight_NK, self._scale_N1, self.dtype)
 
-    def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
-        """Return the gradient through the base weights, and the adapters' share."""
-        quantized, scales = quantize_rows(dy_TM * self._scale_N1[:, 0])
+    def _back_product(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """Return dy·W."""
+        dy, dy_scale = quantize_rows(dy_TN, self._scale_N1[:, 0])
         weight_KN = self._scratch.matrix(self.num_in, self.num_out, torch.float8_e4m3fn)
         for packed, (_, rows, _) in zip(self._packed, self._places, strict=True):
             dequantize_e4m3(packed, self._scale_N1[rows, 0], weight_KN[:, rows], is_transposed=True)
-        dx_TK = scaled_product(quantized, scales, weight_KN, self._ones_K1, self.dtype)
-        return dx_TK, None if dlow_TR is None else self._dgrad_update(dlow_TR)
+        return scaled_product(dy, dy_scale, weight_KN, self._ones_K1, self.dtype)
+
+    def pending(self, low_TR: torch.Tensor | None) -> Update | None:
+        """Return the update."""
+        return None if low_TR is None else self._update(low_TR)
+
+    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the outputs of the base weights."""
+        return self._product(x_TM)
+
+    def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
+        """Return the gradient through the base weights, and the adapters' share."""
+        return self._back_product(dy_TM), None if dlow_TR is None else self._dgrad_update(dlow_TR)
+
+    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the outputs; see `WeightStore.forward`."""
+        y_TN = self._product(x_TM)
+        return y_TN if low_TR is None else y_TN.addmm_(low_TR, self._b_NR.t())
+
+    def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return residual + outputs."""
+        y_TN = self._product(x_TM)
+        return y_TN.add_(residual_TN) if low_TR is None else add_update_(y_TN, self._update(low_TR), residual_TN)
+
+    def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the gradient of the inputs; see `WeightStore.dgrad`."""
+        dx_TK = self._back_product(dy_TM)
+        return dx_TK if dlow_TR is None else dx_TK.addmm_(dlow_TR, self._a_RK)
