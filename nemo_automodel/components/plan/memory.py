@@ -82,7 +82,7 @@ def _folded(load: Workload) -> float:
         return 0
     total = 0
     for num_in, num_out, rank, count in _packs(load):
-        width = rank_width(rank)
+        width = rank_width(rank, load.store)
         corner = width * width if load.store == "dense" else 0
         total += count * (width * (num_in + num_out) + corner) * load.weight_bytes
     return total
@@ -117,8 +117,8 @@ def fast_kept(load: Workload, recompute: str) -> float:
 
 def _fast_kept(load: Workload, keeps_gate_up: bool) -> float:
     shape = load.shape
-    widths = [rank_width(rank) for _, _, rank, _ in _packs(load)]
-    margins = widths if load.store == "dense" and load.dropout == 0 else [0] * len(widths)
+    widths = [rank_width(rank, load.store) for _, _, rank, _ in _packs(load)]
+    margins = widths if load.store in ("dense", "nf4") and load.dropout == 0 else [0] * len(widths)
     qkv, o, gate_up = margins[0], margins[1], margins[2]
     intermediate = next(x.num_out for x in shape.linears if x.name == "gate_proj")
     elements = shape.hidden_size  # the input

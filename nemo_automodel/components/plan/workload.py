@@ -134,6 +134,8 @@ class Workload:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-def rank_width(rank: int) -> int:
+def rank_width(rank: int, store: str = "dense") -> int:
     """Return the columns that adapters of ``rank`` together take in a packed matrix."""
+    if store == "nf4" and rank <= _RANK_TILE:
+        return 0 if rank == 0 else max(16, 1 << (rank - 1).bit_length())
     return -(-rank // _RANK_TILE) * _RANK_TILE
