@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
-from fast_core import PEAK_TFLOPS, agreement, environment, lora_flops_per_token, profile, relative_error, synchronize
+from fast_core import PEAK_TFLOPS, agreement, profile, relative_error, synchronize
+from measuring import environment, lora_work
 from torch import nn
 
 from nemo_automodel import NeMoAutoModelForCausalLM
@@ -38,6 +39,7 @@ from nemo_automodel.components._peft.lora import PeftConfig, lora_layers
 from nemo_automodel.components.distributed.grad import clip_grad_norm
 from nemo_automodel.components.quantization.config import QuantizationConfig
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
+from nemo_automodel.components.training.flops import StepSize
 from nemo_automodel.kernels import linear_ce, nf4
 from nemo_automodel.kernels.jit import HAS_TRITON
 
@@ -329,7 +331,9 @@ def _time_case(text: str, case: Case, args: argparse.Namespace) -> dict[str, Any
     synchronize(device)
     elapsed, peak = time.perf_counter() - started, peak_gib(device)
     rate = num_steps * args.grad_accum * num_tokens / elapsed
-    tflops = rate * lora_flops_per_token(config, seq_len) / 1e12
+    recomputed = {"none": "none", "selective": "gate_up", "full": "all_but_down"}[case.recompute]
+    row = StepSize(seq_len, seq_len, seq_len, seq_len**2)
+    tflops = rate * lora_work(config, recomputed).hardware(row) / seq_len / 1e12
     if device == "cuda":
         name = torch.cuda.get_device_name()
         limit = next((value for key, value in PEAK_TFLOPS.items() if key in name), math.inf)

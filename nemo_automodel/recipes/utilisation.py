@@ -35,8 +35,8 @@ class Utilisation:
 
         Selective recomputation repeats gate and up in fast layers, and no matrix product in Transformers' own.
         """
-        selective = "gate_up" if self.has_fast_layers else "none"
-        return count_work(self._model, {"none": "none", "selective": selective, "full": "all"}[self._policy])
+        selective, full = ("gate_up", "all_but_down") if self.has_fast_layers else ("none", "all")
+        return count_work(self._model, {"none": "none", "selective": selective, "full": full}[self._policy])
 
     def mfu(self, batches: Iterable[Batch], seconds: float) -> float | None:
         """Return the share of the peak in per cent that a step reaches; None where no peak is known."""

@@ -117,7 +117,7 @@ def test_gpt2s_own_linear_layer_counts():
     assert (work.head, work.head_is_trained, work.attention) == (32 * 300, True, 2 * 32)
 
 
-@pytest.mark.parametrize("recomputed", ["none", "gate_up", "all"])
+@pytest.mark.parametrize("recomputed", ["none", "gate_up", "all_but_down"])
 @pytest.mark.parametrize("lora", [True, False])
 def test_the_plan_of_a_run_counts_the_same(lora: bool, recomputed: str):
     from dataclasses import replace
@@ -129,7 +129,7 @@ def test_the_plan_of_a_run_counts_the_same(lora: bool, recomputed: str):
     from nemo_automodel.components.plan.workload import Workload
 
     model = make("Qwen3Config 8B", lora)
-    policy = {"none": "none", "gate_up": "selective", "all": "full"}[recomputed]
+    policy = {"none": "none", "gate_up": "selective", "all_but_down": "full"}[recomputed]
     shape = shape_of(Outline(model, ModelOptions(), None), "x")
     load = Workload(shape, rows=1, seq_len=SEQ_LEN, grad_accum=1, is_full=not lora, recompute=policy)
     planned = estimate(load, replace(machine("h100"), bf16_tflops=1.0, attention_tflops=1.0))

@@ -51,7 +51,8 @@ def estimate(load: Workload, machine: Machine) -> Speed:
     shape, tera = load.shape, 1e12
     passes = 3.0 if load.is_full else 2.0
     if load.recompute == "full":
-        passes += 1
+        # fast layers leave out their last product
+        passes += 1 - (_share_of(load, ("down_proj",)) if load.plain is None else 0)
     elif load.recompute == "selective":
         passes += _share_of(load, ("gate_proj", "up_proj")) if load.plain is None else 0
     linear = 2 * passes * load.tokens * shape.num_linear

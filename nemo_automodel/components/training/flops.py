@@ -29,8 +29,9 @@ from torch import nn
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.types import IGNORE_INDEX, SEQ_LENS_PADDING, Batch
 
-RECOMPUTED = ("none", "gate_up", "all")
-"""What the backward pass computes again: nothing, the two widest matrices of each layer, or whole layers."""
+RECOMPUTED = ("none", "gate_up", "all_but_down", "all")
+"""What the backward pass computes again: nothing, the two widest matrices of each layer, or whole layers; fast layers
+leave out the last product, whose result nobody needs again."""
 
 PEAK_TFLOPS: Mapping[str, tuple[float, float | None]] = {
     "GB200": (2500, 5000),
@@ -104,6 +105,8 @@ class ModelWork:
     adapters: float = 0
     gate_up: float = 0
     """Part of ``frozen`` and ``trained`` in the two widest matrices of each layer."""
+    down: float = 0
+    """Part of ``frozen`` and ``trained`` in the last matrix of each layer."""
     attention: float = 0
     """Heads times head size, over the layers a gradient passes."""
     attention_forward_only: float = 0
@@ -115,8 +118,8 @@ class ModelWork:
         """Return the operations a device does for ``size``."""
         weights = 4 * self.frozen + 6 * self.trained + 2 * self.forward_only + 6 * self.adapters
         attention = 3.5 * self.attention + self.attention_forward_only
-        if self.recomputed == "all":
-            weights += 2 * (self.frozen + self.trained)
+        if self.recomputed in ("all", "all_but_down"):
+            weights += 2 * (self.frozen + self.trained - (self.down if self.recomputed == "all_but_down" else 0))
             attention += self.attention
         elif self.recomputed == "gate_up":
             weights += 2 * self.gate_up
@@ -149,7 +152,7 @@ def count_work(model: nn.Module, recomputed: str = "none") -> ModelWork:
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     head = model.get_output_embeddings()  # type: ignore[operator]
     lowest = _lowest_trained_layer(model)
-    sums: dict[str, float] = dict.fromkeys(("trained", "frozen", "forward_only", "adapters", "gate_up"), 0)
+    sums: dict[str, float] = dict.fromkeys(("trained", "frozen", "forward_only", "adapters", "gate_up", "down"), 0)
     for name, module in model.named_modules():
         size = _matrix(module, config)
         if name.rpartition(".")[2] in _ADAPTERS:
@@ -161,6 +164,8 @@ def count_work(model: nn.Module, recomputed: str = "none") -> ModelWork:
             sums[kind] += size
             if kind != "forward_only" and name.endswith(("gate_proj", "up_proj", "gate_up_proj")):
                 sums["gate_up"] += size
+            if kind != "forward_only" and name.endswith("down_proj"):
+                sums["down"] += size
     frozen_parameters = sums["frozen"] + sums["trained"] + sums["forward_only"] + _outside_layers(model, head)
     width = _attention_width(config)
     num_layers = config.num_hidden_layers
