@@ -4,6 +4,9 @@ The choice is made once, for all layers of a model, and one line of the log name
 fast form where it was made for: adapters over a frozen bf16 base on a GPU with Triton. ``on`` asks for it wherever it
 computes the same, the CPU and fp32 included, and what does not fit is an error instead of a quiet change of plan.
 
+Adapters of a model whose decoder layers stay Transformers' own are fused with their linear layers (`fast_linears`): one
+more line of the log says on how many, or why not.
+
 A fast layer asks `attention_for` in every call what to compute. It may answer "nothing known": then the layer runs
 Transformers' modules, which hold the same weights.
 """
@@ -21,6 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
+from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
@@ -56,19 +60,25 @@ class FastRequest:
 def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     """Exchange the decoder layers and the last norm for their fast forms where they apply, and tell whether they do.
 
-    The model must be on its device and have its adapters.
+    Where they do not, adapters are fused with their linear layers if that is possible. The model must be on its device
+    and have its adapters.
 
     Raises:
-        UserError: ``on`` was asked for and they do not apply.
+        UserError: ``on`` was asked for and neither applies.
     """
     layers = _layers(model)
     reason = _obstacle(model, layers, request)
     if reason is not None:
-        if request.wish == "on":
-            raise UserError(
-                f"`model.fast_layers: on` cannot be: {reason}. Set it to auto, which then takes Transformers' layers."
-            )
         logger.info("Decoder layers: plain Transformers: %s.", reason)
+        obstacle = _obstacle_to_adapters(model, request)
+        is_any_fused = obstacle is None and fuse_adapters(model, request.recompute) > 0
+        if obstacle not in (None, reason):
+            logger.info("Adapters: plain: %s.", obstacle)
+        if request.wish == "on" and not is_any_fused:
+            raise UserError(
+                f"`model.fast_layers: on` cannot be: {obstacle or reason}. Set it to auto, which then takes "
+                "Transformers' layers."
+            )
         return False
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
@@ -142,6 +152,20 @@ def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], 
     return _obstacle_on_machine(model) if request.wish == "auto" else None
 
 
+def _obstacle_to_adapters(model: PreTrainedModel, request: FastRequest) -> str | None:
+    """Return why adapters stay as they are where the decoder layers do, None when they can be fused.
+
+    The attention implementation does not matter: it is between the linear layers.
+    """
+    asked = _obstacle_in_request(model, replace(request, asks_attention=False))
+    if asked is not None or request.wish == "on":
+        return asked
+    machine = Machine.of(model.device)
+    if machine.device_type != "cuda":
+        return f"the model is on the {machine.device_type}"
+    return None if model.dtype == torch.bfloat16 else f"the weights are {_short(model.dtype)}, not bfloat16"
+
+
 def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | None:
     attention = model.config._attn_implementation
     peft, dropout = request.peft, 0.0 if request.peft is None else request.peft.dropout
@@ -164,12 +188,16 @@ def _obstacle_on_machine(model: PreTrainedModel) -> str | None:
     if machine.device_type != "cuda":
         return f"the model is on the {machine.device_type}"
     if model.dtype != torch.bfloat16:
-        return f"the weights are {str(model.dtype).removeprefix('torch.')}, not bfloat16"
+        return f"the weights are {_short(model.dtype)}, not bfloat16"
     if machine.capability < (8, 0):
         return "this GPU has no bfloat16 arithmetic"
     if not machine.has_triton:
         return "the package triton is not installed"
     return None if machine.has_compiler else "Triton needs a C compiler, and neither cc, gcc nor clang is installed"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_weights(layer: nn.Module) -> None:

@@ -206,6 +206,11 @@ class WeightStore:
 
     # Products with the matrix. Rows of inputs may lie in a buffer of this store or be dense.
 
+    def base_outputs(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return what `forward_pending` does, the bias added, as ``[T, N]``."""
+        y_TN = self.forward_pending(x_TM, low_TR)[:, : self.num_out]
+        return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
+
     def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
         """Return the outputs without bias, as the first N columns of ``[T, M]``; ``low_TR`` is `low` of the inputs."""
         raise NotImplementedError
