@@ -14,7 +14,8 @@ Transformers' modules, which hold the same weights.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -25,10 +26,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
 from nemo_automodel._transformers.fast_linears import fuse_adapters
+from nemo_automodel._transformers.kernel_choice import KernelRequest, choose_kernels
 from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
-from nemo_automodel.components.fast.decoder_layer import Attention, causal_attention, speed_up
+from nemo_automodel.components.fast.choices import Choices
+from nemo_automodel.components.fast.decoder_layer import Attention, causal_attention, causal_attention_by, speed_up
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import GROUPS, Adapter
 from nemo_automodel.components.fast.spec import UnfitError, check_family, read_spec
@@ -55,6 +58,8 @@ class FastRequest:
     autocast_dtype: str | None = None
     asks_attention: bool = False
     """The attention implementation was named by the user, not chosen for him."""
+    kernels: KernelRequest = field(default_factory=KernelRequest)
+    """How the fast layers are to be computed."""
 
 
 def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
@@ -79,15 +84,21 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
                 f"`model.fast_layers: on` cannot be: {obstacle or reason}. Set it to auto, which then takes "
                 "Transformers' layers."
             )
+        if request.kernels.wishes.asked:
+            logger.info("`model.kernels` has no effect: it is about fast decoder layers.")
         return False
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
     name, total = type(layers[0]).__name__, len(layers)
     adapters = _adapters(model)
+    table = choose_kernels(model, max(layers, key=lambda layer: len(lora_layers(layer))), request.kernels)
+    choices = Choices.from_names(table.names())
+    attention = partial(attention_for, causal=causal_attention_by(choices.attention))
     for layer in layers:
-        speed_up(layer, adapters, request.recompute, choose_attention=attention_for)
+        speed_up(layer, adapters, request.recompute, choices=choices, choose_attention=attention)
     speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+    model.kernel_table = table.to_json()  # type: ignore[assignment]
     logger.info("Decoder layers: fast (%d of %d, %s; recomputed: %s).", total, total, name, request.recompute)
     return True
 
@@ -101,8 +112,17 @@ def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def attention_for(module: nn.Module, mask: torch.Tensor | None) -> Attention | None:
+def kernel_table(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Return how the fast layers of a model are computed, as plain values for a file; None if it has none."""
+    return vars(model).get("kernel_table")
+
+
+def attention_for(
+    module: nn.Module, mask: torch.Tensor | None, causal: Attention = causal_attention
+) -> Attention | None:
     """Return what a layer with the attention ``module`` computes under ``mask``, None for Transformers' own way.
+
+    ``causal`` computes where there is no mask.
 
     Masks are made by Transformers or by `packing_masks` for the implementation that the configuration names, so the
     function registered under that name reads them.
@@ -111,7 +131,7 @@ def attention_for(module: nn.Module, mask: torch.Tensor | None) -> Attention | N
     if name not in _ATTENTIONS or torch.is_autocast_enabled(next(module.parameters()).device.type):
         return None
     if mask is None:
-        return causal_attention
+        return causal
     function = AttentionInterface()[name]  # type: ignore[no-untyped-call]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
