@@ -35,6 +35,7 @@ from nemo_automodel.components.fast.decoder_layer import Attention, causal_atten
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import GROUPS, Adapter
 from nemo_automodel.components.fast.spec import UnfitError, check_family, read_spec
+from nemo_automodel.components.fast.watch import Watch
 from nemo_automodel.shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     attention = partial(attention_for, causal=causal_attention_by(choices.attention))
     for layer in layers:
         speed_up(layer, adapters, request.recompute, choices=choices, choose_attention=attention)
+    Watch(model, [store for layer in layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
     speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     model.kernel_table = table.to_json()  # type: ignore[assignment]

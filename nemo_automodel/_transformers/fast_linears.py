@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
 from nemo_automodel.components.fast.linear import FusedLinear, fuse_linear
 from nemo_automodel.components.fast.names import Adapter
+from nemo_automodel.components.fast.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def fuse_adapters(model: PreTrainedModel, recompute: str = "none") -> int:
         if name not in reasons:
             adapter = Adapter(layer.lora_A, layer.lora_B, layer.peft_config.scaling)
             fuse_linear(layer, adapter, keeps_products=recompute == "selective")
+    Watch(model, [layer.fused_core.store for layer in adapters.values() if isinstance(layer, FusedLinear)])
     num_fused, total = len(adapters) - len(reasons), len(adapters)
     rest = ""
     if reasons:

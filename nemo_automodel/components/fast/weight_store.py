@@ -26,7 +26,7 @@ adapters are folded in, K or N where not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -37,6 +37,9 @@ from nemo_automodel.kernels.lora import Update, add_update_, low_rank_grads
 
 _RANK_TILE = 64
 """Matrix units read the depth of a product in tiles of 64 sixteen-bit numbers."""
+
+_ALIGNED = 8
+"""Rows of so many sixteen-bit numbers, or a multiple, are read at full speed."""
 
 
 class _Steps:
@@ -60,6 +63,8 @@ class WeightStore:
 
     margin: int
     """How much wider than their contents buffers are."""
+    is_fresh = False
+    """Somebody has looked at the adapters just now and will look again before they change, see `watch`."""
     _a_RK: torch.Tensor
     _b_NR: torch.Tensor
 
@@ -93,6 +98,8 @@ class WeightStore:
         self._pack()
         self._addresses = self._base_addresses()
         self._adapters_seen: list[int] = []
+        self._weights: list[torch.Tensor] = []
+        self._one_kind: tuple[torch.dtype, torch.dtype, float] | None = None
 
     def _pack(self) -> None:
         """Store the weights of the slots, and make memory for the adapters."""
@@ -105,22 +112,35 @@ class WeightStore:
 
     def prepare(self) -> None:
         """Copy the adapters in; pack again if the weights were given other memory."""
-        if self._base_addresses() != self._addresses:
-            self._pack_all()
-        state = self._adapter_state()
-        if state == self._adapters_seen:
-            return
-        self._adapters_seen = state
-        for slot, rows, ranks in self._places:
-            if slot.adapter is None:
-                continue
-            self._a_RK[ranks].copy_(slot.adapter.lora_A.weight.detach())
-            # s·B in the adapter's dtype, rounded once
-            torch.mul(slot.adapter.lora_B.weight.detach(), slot.adapter.scaling, out=self._b_NR[rows, ranks])
+        if not self.is_fresh:
+            refresh((self,))
 
     def forget_adapters(self) -> None:
         """Copy the adapters in at the next call, changed or not: writes through `.data` leave no trace."""
         self._adapters_seen = []
+
+    def find_changes(self) -> bool:
+        """Pack again if the weights were given other memory; tell whether the adapters must be copied in."""
+        if self._base_addresses() != self._addresses:
+            self._pack_all()
+        state = self._adapter_state()
+        if state == self._adapters_seen:
+            return False
+        self._adapters_seen = state
+        kinds = {
+            (slot.adapter.lora_A.weight.dtype, slot.adapter.lora_B.weight.dtype, slot.adapter.scaling)
+            for slot in self.slots
+            if slot.adapter is not None
+        }
+        self._one_kind = kinds.pop() if len(kinds) == 1 else None
+        return True
+
+    def copies(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]]:
+        """Yield for each adapter where A goes, A, where s·B goes, B and s."""
+        for slot, rows, ranks in self._places:
+            if slot.adapter is not None:
+                a_RK, b_NR = slot.adapter.lora_A.weight.detach(), slot.adapter.lora_B.weight.detach()
+                yield self._a_RK[ranks], a_RK, self._b_NR[rows, ranks], b_NR, slot.adapter.scaling
 
     def _base_addresses(self) -> list[int]:
         linears = [slot.linear for slot in self.slots]
@@ -129,11 +149,14 @@ class WeightStore:
 
     def _adapter_state(self) -> list[int]:
         """Return numbers that change when the adapters may have changed."""
-        weights = self.parameters()
+        weights = self._weights = self._find_parameters()
         return [_Steps.count, *(number for weight in weights for number in (weight.data_ptr(), weight._version))]
 
     def parameters(self) -> list[torch.Tensor]:
         """Return A and B of every adapter, in the order of `adapter_grads`."""
+        return self._weights if self.is_fresh else self._find_parameters()
+
+    def _find_parameters(self) -> list[torch.Tensor]:
         adapters: list[Adapter] = [slot.adapter for slot in self.slots if slot.adapter is not None]
         return [module.weight for adapter in adapters for module in (adapter.lora_A, adapter.lora_B)]
 
@@ -161,8 +184,19 @@ class WeightStore:
         """Return the gradients of `parameters`, in their dtypes."""
         if low_TR is None or dlow_TR is None:
             return []
-        da_RK, db_NR = low_rank_grads(x_TM[:, : self.num_in], dy_TM[:, : self.num_out], low_TR, dlow_TR)
+        x_TK, dy_TN = x_TM[:, : self.num_in], dy_TM[:, : self.num_out]
         grads = []
+        if self._one_kind is not None:  # all adapters alike, as they nearly always are: few and large operations
+            dtype_a, dtype_b, scaling = self._one_kind
+            if self.rank % _ALIGNED == 0:
+                low_TR, dlow_TR = low_TR[:, : self.rank], dlow_TR[:, : self.rank]
+            da_RK, db_NR = low_rank_grads(x_TK, dy_TN, low_TR, dlow_TR, scaling)
+            da_RK, db_NR = da_RK.to(dtype_a), db_NR.to(dtype_b)
+            for slot, rows, ranks in self._places:
+                if slot.adapter is not None:
+                    grads += [da_RK[ranks], db_NR[rows, ranks]]
+            return grads
+        da_RK, db_NR = low_rank_grads(x_TK, dy_TN, low_TR, dlow_TR)
         for slot, rows, ranks in self._places:
             if slot.adapter is not None:
                 grads.append(da_RK[ranks].to(slot.adapter.lora_A.weight.dtype))
@@ -224,6 +258,16 @@ class WeightStore:
         raise NotImplementedError
 
 
+def refresh(stores: Sequence[WeightStore]) -> None:
+    """Prepare stores: the adapters of all that changed are copied in together, in a few operations."""
+    changed = [adapter for store in stores if store.find_changes() for adapter in store.copies()]
+    if not changed:
+        return
+    to_a, a, to_b, b, scalings = (list(column) for column in zip(*changed, strict=True))
+    torch._foreach_copy_(to_a, a)
+    torch._foreach_copy_(to_b, torch._foreach_mul(b, scalings))  # s·B in the adapter's dtype, rounded once
+
+
 class DenseStore(WeightStore):
     """Weights in the dtype of the model, adapters folded in."""
 
@@ -256,6 +300,13 @@ class DenseStore(WeightStore):
             torch.mm(x_TM, self._buffer[: self.num_out].t(), out=y_TN)
         return y_TM
 
+    def low_grad(self, dy_TM: torch.Tensor) -> torch.Tensor | None:
+        """Return dy·(s·B); see `WeightStore.low_grad`. It lies in the margin of the gradient, where there is one."""
+        if not self.has_adapters or dy_TM.shape[1] == self.num_out:
+            return super().low_grad(dy_TM)
+        dlow_TR = dy_TM[:, self.num_out :]
+        return torch.mm(dy_TM[:, : self.num_out], self._b_NR, out=dlow_TR)
+
     def pending(self, low_TR: torch.Tensor | None) -> Update | None:
         """Return None: inputs have room for the update."""
         return None
@@ -282,7 +333,9 @@ class DenseStore(WeightStore):
             return torch.mm(dy_TM, self._buffer[:, : self.num_in])
         if dy_TM.shape[1] == self.num_out:
             return torch.mm(dy_TM, self._buffer[: self.num_out, : self.num_in]).addmm_(dlow_TR, self._a_RK)
-        dy_TM[:, self.num_out :] = dlow_TR
+        margin_TR = dy_TM[:, self.num_out :]
+        if dlow_TR.data_ptr() != margin_TR.data_ptr():  # `low_grad` writes there, other kernels do not
+            margin_TR.copy_(dlow_TR)
         return torch.mm(dy_TM, self._buffer[:, : self.num_in])
 
 
