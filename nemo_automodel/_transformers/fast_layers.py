@@ -130,7 +130,8 @@ def attention_for(
     function registered under that name reads them.
     """
     name: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]
-    if name not in _ATTENTIONS or torch.is_autocast_enabled(next(module.parameters()).device.type):
+    projection: Any = module.q_proj
+    if name not in _ATTENTIONS or torch.is_autocast_enabled(projection.weight.device.type):
         return None
     if mask is None:
         return causal

@@ -26,12 +26,13 @@ adapters are folded in, K or N where not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nemo_automodel.components.fast.names import Adapter, Slot
+from nemo_automodel.kernels.copy_many import Copy, copy_many_reference
 from nemo_automodel.kernels.fp8 import quantize_rows, scaled_product
 from nemo_automodel.kernels.lora import Update, add_update_, low_rank_grads
 
@@ -99,6 +100,8 @@ class WeightStore:
         self._addresses = self._base_addresses()
         self._adapters_seen: list[int] = []
         self._weights: list[torch.Tensor] = []
+        self._copied_from: list[int] = []
+        self._copies: list[Copy] = []
         self._one_kind: tuple[torch.dtype, torch.dtype, float] | None = None
 
     def _pack(self) -> None:
@@ -127,6 +130,9 @@ class WeightStore:
         if state == self._adapters_seen:
             return False
         self._adapters_seen = state
+        addresses = [weight.data_ptr() for weight in self._weights]
+        if addresses != self._copied_from:
+            self._copied_from, self._copies = addresses, list(self._find_copies())
         kinds = {
             (slot.adapter.lora_A.weight.dtype, slot.adapter.lora_B.weight.dtype, slot.adapter.scaling)
             for slot in self.slots
@@ -135,12 +141,15 @@ class WeightStore:
         self._one_kind = kinds.pop() if len(kinds) == 1 else None
         return True
 
-    def copies(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]]:
-        """Yield for each adapter where A goes, A, where s·B goes, B and s."""
+    def copies(self) -> list[Copy]:
+        """Return where A and s·B of each adapter go and come from; the same objects while nothing moves."""
+        return self._copies
+
+    def _find_copies(self) -> Iterator[Copy]:
         for slot, rows, ranks in self._places:
             if slot.adapter is not None:
-                a_RK, b_NR = slot.adapter.lora_A.weight.detach(), slot.adapter.lora_B.weight.detach()
-                yield self._a_RK[ranks], a_RK, self._b_NR[rows, ranks], b_NR, slot.adapter.scaling
+                yield self._a_RK[ranks], slot.adapter.lora_A.weight.detach(), 1.0
+                yield self._b_NR[rows, ranks], slot.adapter.lora_B.weight.detach(), slot.adapter.scaling
 
     def _base_addresses(self) -> list[int]:
         linears = [slot.linear for slot in self.slots]
@@ -258,14 +267,11 @@ class WeightStore:
         raise NotImplementedError
 
 
-def refresh(stores: Sequence[WeightStore]) -> None:
-    """Prepare stores: the adapters of all that changed are copied in together, in a few operations."""
-    changed = [adapter for store in stores if store.find_changes() for adapter in store.copies()]
-    if not changed:
-        return
-    to_a, a, to_b, b, scalings = (list(column) for column in zip(*changed, strict=True))
-    torch._foreach_copy_(to_a, a)
-    torch._foreach_copy_(to_b, torch._foreach_mul(b, scalings))  # s·B in the adapter's dtype, rounded once
+def refresh(stores: Sequence[WeightStore], copy: Callable[[Sequence[Copy]], None] = copy_many_reference) -> None:
+    """Prepare stores: the adapters of all that changed are copied in together."""
+    changed = [pair for store in stores if store.find_changes() for pair in store.copies()]
+    if changed:
+        copy(changed)
 
 
 class DenseStore(WeightStore):
