@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,26 @@ def test_a_fault_in_a_way_is_seen(measures, monkeypatch):
         errors[name] = trial.question("swiglu_products", Choices(), "one").candidates[name].error()
     assert errors["off"] < 1e-9
     assert errors["on"] > 1e-6
+
+    def broken(dh, gate_up, update, dh_update, b, parts):
+        result = right(dh, gate_up, update, dh_update, b, parts)
+        gate_up[0, 0] = torch.nan
+        return result
+
+    monkeypatch.setattr(decoder_layer, "swiglu_lora_backward", broken)
+    assert math.isnan(trial.question("swiglu_products", Choices(), "one").candidates["off"].error())
+
+
+def test_bf16_is_as_far_from_fp32_as_the_plain_layer():
+    """And so within the tolerance, which what the plain layer loses would alone be near."""
+    model = plain_model("qwen3", adapters_of(dtype="float32"), torch.float32).to(torch.bfloat16)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    trial = LayerTrial(model, model.model.layers[0], DenseStore, (1, 24))
+    question = trial.question("swiglu_products", Choices(), "one")
+    assert max(trial._plain_distances.values()) > 1e-5
+    for candidate in question.candidates.values():
+        assert candidate.error() <= question.tolerance == 1e-4
 
 
 def test_choices_that_change_nothing_are_not_measured(measures, tmp_path, monkeypatch):

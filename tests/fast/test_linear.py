@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.other_models import OTHERS, adapters_of, model_with_adapters, under_peft
 
-from nemo_automodel._transformers.assemble import _recompute_activations
+from nemo_automodel._transformers.assemble import recompute_activations
 from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel.components._peft.lora import lora_layers
 
@@ -65,14 +65,14 @@ def test_every_family_trains_as_under_peft_and_as_with_plain_adapters(family):
 @pytest.mark.parametrize("family", ["gemma2", "phi", "gpt_neox", "mixtral"])
 def test_layers_that_are_recomputed(family, policy):
     model, plain = fused(family, policy), model_with_adapters(family)
-    _recompute_activations(model, policy)
+    recompute_activations(model, policy)
     assert_same(train(model, adapters_of(model)), train(plain, adapters_of(plain)))
 
 
 def test_selective_recomputation_repeats_no_product_of_the_base(monkeypatch):
     """What Transformers' policy keeps are whole products: x·Wᵀ comes back on the way back, in the memory it had."""
     model = fused("gemma", "selective")
-    _recompute_activations(model, "selective")
+    recompute_activations(model, "selective")
     results: dict[str, list[torch.Tensor]] = {}
     for name, layer in lora_layers(model).items():
         store = layer.fused_core.store

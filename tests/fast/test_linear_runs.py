@@ -11,7 +11,7 @@ from support.other_models import OTHERS, adapters_of, model_with_adapters
 from support.packed import make_documents, pack
 from support.recipes import lora_section, recipe_config, set_up_recipe
 
-from nemo_automodel._transformers.assemble import _recompute_activations
+from nemo_automodel._transformers.assemble import recompute_activations
 from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens
@@ -48,7 +48,7 @@ def test_packed_rows_and_the_loss_of_every_family(family, recompute, caplog):
     model, plain = model_with_adapters(family), model_with_adapters(family)
     fuse_adapters(model, recompute)
     if recompute == "full":
-        _recompute_activations(model, recompute)
+        recompute_activations(model, recompute)
     with caplog.at_level(logging.INFO, logger="nemo_automodel"):
         found = gradients(model, batches)
     assert_same(found, gradients(plain, batches, joins_frozen_head=False))
