@@ -181,11 +181,11 @@ class WeightStore:
 
     def low(self, x_TM: torch.Tensor) -> torch.Tensor | None:
         """Return x·Aᵀ, ``[T, R]``, of an input buffer or of dense inputs; None without adapters."""
-        return torch.mm(x_TM[:, : self.num_in], self._a_RK.t()) if self.has_adapters else None
+        return torch.mm(_first(x_TM, self.num_in), self._a_RK.t()) if self.has_adapters else None
 
     def low_grad(self, dy_TM: torch.Tensor) -> torch.Tensor | None:
         """Return dy·(s·B), ``[T, R]``, of a gradient buffer; None without adapters."""
-        return torch.mm(dy_TM[:, : self.num_out], self._b_NR) if self.has_adapters else None
+        return torch.mm(_first(dy_TM, self.num_out), self._b_NR) if self.has_adapters else None
 
     def adapter_grads(
         self, x_TM: torch.Tensor, dy_TM: torch.Tensor, low_TR: torch.Tensor | None, dlow_TR: torch.Tensor | None
@@ -193,14 +193,16 @@ class WeightStore:
         """Return the gradients of `parameters`, in their dtypes."""
         if low_TR is None or dlow_TR is None:
             return []
-        x_TK, dy_TN = x_TM[:, : self.num_in], dy_TM[:, : self.num_out]
+        x_TK, dy_TN = _first(x_TM, self.num_in), _first(dy_TM, self.num_out)
         grads = []
         if self._one_kind is not None:  # all adapters alike, as they nearly always are: few and large operations
             dtype_a, dtype_b, scaling = self._one_kind
-            if self.rank % _ALIGNED == 0:
+            if self.rank % _ALIGNED == 0 and self.rank != self.rank_width:
                 low_TR, dlow_TR = low_TR[:, : self.rank], dlow_TR[:, : self.rank]
             da_RK, db_NR = low_rank_grads(x_TK, dy_TN, low_TR, dlow_TR, scaling)
             da_RK, db_NR = da_RK.to(dtype_a), db_NR.to(dtype_b)
+            if len(self.slots) == 1 and da_RK.shape[0] == self.rank:
+                return [da_RK, db_NR]
             for slot, rows, ranks in self._places:
                 if slot.adapter is not None:
                     grads += [da_RK[ranks], db_NR[rows, ranks]]
@@ -267,6 +269,11 @@ class WeightStore:
         raise NotImplementedError
 
 
+def _first(rows_TM: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the first columns, the tensor itself where these are all: a view takes as long as starting a kernel."""
+    return rows_TM if rows_TM.shape[1] == width else rows_TM[:, :width]
+
+
 def refresh(stores: Sequence[WeightStore], copy: Callable[[Sequence[Copy]], None] = copy_many_reference) -> None:
     """Prepare stores: the adapters of all that changed are copied in together."""
     changed = [pair for store in stores if store.find_changes() for pair in store.copies()]
@@ -286,6 +293,10 @@ class DenseStore(WeightStore):
             self._buffer[self.num_out :, : self.num_in],
             self._buffer[: self.num_out, self.num_in :],
         )
+        # the parts that products read, made once: in a small model every view made in passing counts
+        self._weight_NK = self._buffer[: self.num_out, : self.num_in]
+        self._weight_KN, self._b_RN = self._weight_NK.t(), self._b_NR.t()
+        self._forward_MN, self._backward_MK = self._buffer[: self.num_out].t(), self._buffer[:, : self.num_in]
         self._a_RK.zero_()
         self._b_NR.zero_()
         for slot, rows, _ in self._places:
@@ -296,14 +307,14 @@ class DenseStore(WeightStore):
     def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
         """Return the outputs; see `WeightStore.forward`. The inputs' margin is overwritten."""
         y_TM = self.output_buffer(x_TM.shape[0])
-        y_TN = y_TM[:, : self.num_out]
+        y_TN = _first(y_TM, self.num_out)
         if low_TR is None or x_TM.shape[1] == self.num_in:  # dense inputs have no margin for the update
-            torch.mm(x_TM, self._buffer[: self.num_out, : self.num_in].t(), out=y_TN)
+            torch.mm(x_TM, self._weight_KN, out=y_TN)
             if low_TR is not None:
-                y_TN.addmm_(low_TR, self._b_NR.t())
+                y_TN.addmm_(low_TR, self._b_RN)
         else:
             x_TM[:, self.num_in :] = low_TR
-            torch.mm(x_TM, self._buffer[: self.num_out].t(), out=y_TN)
+            torch.mm(x_TM, self._forward_MN, out=y_TN)
         return y_TM
 
     def low_grad(self, dy_TM: torch.Tensor) -> torch.Tensor | None:
@@ -325,24 +336,24 @@ class DenseStore(WeightStore):
         """Return the gradient of the inputs; complete if the gradient has a margin for the update."""
         if dlow_TR is None or dy_TM.shape[1] != self.num_out:
             return self.dgrad(dy_TM, dlow_TR), None
-        return torch.mm(dy_TM, self._buffer[: self.num_out, : self.num_in]), self._dgrad_update(dlow_TR)
+        return torch.mm(dy_TM, self._weight_NK), self._dgrad_update(dlow_TR)
 
     def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
         """Return residual + outputs, the sum made in the accumulator."""
         if low_TR is not None:
             x_TM[:, self.num_in :] = low_TR
-        return torch.addmm(residual_TN, x_TM, self._buffer[: self.num_out].t())
+        return torch.addmm(residual_TN, x_TM, self._forward_MN)
 
     def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
         """Return the gradient of the inputs; see `WeightStore.dgrad`. The gradient's margin is overwritten."""
         if dlow_TR is None:
-            return torch.mm(dy_TM, self._buffer[:, : self.num_in])
+            return torch.mm(dy_TM, self._backward_MK)
         if dy_TM.shape[1] == self.num_out:
-            return torch.mm(dy_TM, self._buffer[: self.num_out, : self.num_in]).addmm_(dlow_TR, self._a_RK)
+            return torch.mm(dy_TM, self._weight_NK).addmm_(dlow_TR, self._a_RK)
         margin_TR = dy_TM[:, self.num_out :]
         if dlow_TR.data_ptr() != margin_TR.data_ptr():  # `low_grad` writes there, other kernels do not
             margin_TR.copy_(dlow_TR)
-        return torch.mm(dy_TM, self._buffer[:, : self.num_in])
+        return torch.mm(dy_TM, self._backward_MK)
 
 
 class Fp8Store(WeightStore):
