@@ -47,11 +47,13 @@ from nemo_automodel.components.fast.choices import DEFAULT, Choices
 from nemo_automodel.components.fast.decoder_layer import speed_up
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import Adapter
+from nemo_automodel.components.fast.watch import Watch
 from nemo_automodel.components.fast.weight_store import DenseStore, Fp8Store, WeightStore
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.components.training import flops
 from nemo_automodel.components.training.flops import StepSize
 from nemo_automodel.kernels import fp8, linear_ce, norm, rope, swiglu_lora
+from nemo_automodel.kernels.copy_many import CopyMany, copy_many_reference
 from nemo_automodel.kernels.jit import HAS_TRITON
 from nemo_automodel.kernels.lora import Update, add_update_reference, add_update_triton
 
@@ -116,7 +118,15 @@ def check_kernels(device: str, failures: list[str]) -> dict[str, float]:
         print("kernels: no GPU or no Triton, nothing to check")
         return {}
     ratios: dict[str, float] = {}
-    for case in (norm_case, swiglu_case, swiglu_lora_case, add_update_case, rope_case, cross_entropy_case):
+    for case in (
+        norm_case,
+        swiglu_case,
+        swiglu_lora_case,
+        add_update_case,
+        rope_case,
+        cross_entropy_case,
+        copy_many_case,
+    ):
         for name, (checked, plain, oracle) in case().items():
             ratio = relative_error(checked, oracle) / max(relative_error(plain, oracle), 1e-30)
             ratios[name] = ratio
@@ -226,6 +236,18 @@ def add_update_case() -> Case:
     return {"update in place": (y, plain, oracle)}
 
 
+def copy_many_case() -> Case:
+    sources = [torch.randn(shape, device="cuda") for shape in ((16, 5123), (5123, 16), (3, 70))]
+    copies = [
+        [(_nan(len(s), s.shape[1] + 64)[:, : s.shape[1]], s, 0.3 * (i + 1)) for i, s in enumerate(sources)]
+        for _ in range(2)
+    ]
+    CopyMany()(copies[0])
+    copy_many_reference(copies[1])
+    checked, plain = (torch.cat([t.flatten() for t, _, _ in c]) for c in copies)
+    return {"copy many": (checked, plain, torch.cat([(s.double() * scale).flatten() for _, s, scale in copies[0]]))}
+
+
 def rope_case() -> Case:
     found: Case = {}
     for with_norm in (False, True):
@@ -315,6 +337,7 @@ def make_fast(model: nn.Module, store: type[WeightStore] = DenseStore, choices: 
     }
     for layer in model.model.layers:  # type: ignore[union-attr]
         speed_up(layer, adapters, store=store, choices=choices)
+    Watch(model, [store for layer in model.model.layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
     speed_up_norm(model.model.norm)  # type: ignore[union-attr, arg-type]
 
 

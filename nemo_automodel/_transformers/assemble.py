@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_automodel._transformers import quantized_load
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
+from nemo_automodel._transformers.kernel_choice import KernelRequest
 from nemo_automodel._transformers.model_source import readable_errors
 from nemo_automodel._transformers.options import FREEZE_KEYS, Quantization
 from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
@@ -62,6 +63,7 @@ class AssemblyPlan:
     fast_layers: str = "auto"
     force_hf: bool = False
     autocast_dtype: str | None = None
+    kernels: KernelRequest = field(default_factory=KernelRequest)
     quantization: Quantization | None = None
     freeze: dict[str, bool] = field(default_factory=dict)
     peft: PeftConfig | None = None
@@ -102,6 +104,7 @@ def _fast_request(plan: AssemblyPlan) -> FastRequest:
         is_compiled=plan.compile_layers or (plan.compile is not None and plan.compile.enabled),
         autocast_dtype=plan.autocast_dtype,
         asks_attention=plan.asks_attention,
+        kernels=plan.kernels,
     )
 
 

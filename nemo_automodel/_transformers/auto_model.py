@@ -15,6 +15,7 @@ import transformers
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers.assemble import AssemblyPlan, assemble
+from nemo_automodel._transformers.kernel_choice import KernelRequest
 from nemo_automodel._transformers.model_source import (
     check_local_model,
     load_config,
@@ -30,6 +31,7 @@ from nemo_automodel._transformers.options import (
     stored_quantization,
 )
 from nemo_automodel.components._peft.config import PeftConfig
+from nemo_automodel.components.fast.config import parse_kernels
 from nemo_automodel.components.quantization.config import CompileConfig, QuantizationConfig
 from nemo_automodel.shared.backend import BackendConfig
 from nemo_automodel.shared.dtypes import parse_dtype
@@ -69,6 +71,9 @@ class _NeMoAutoModel:
         force_hf: bool = False,
         fast_layers: str | bool = "auto",
         autocast_dtype: str | None = None,
+        kernels: str | dict[str, Any] | None = None,
+        kernel_record: dict[str, Any] | None = None,
+        row_shape: tuple[int, int] | None = None,
         has_packed_sequence: bool = False,
         output_hidden_states: bool | None = None,
         distributed_setup: Any = None,
@@ -83,7 +88,9 @@ class _NeMoAutoModel:
         the first GPU, else the CPU. ``activation_checkpointing`` is ``none``, ``selective`` or ``full``.
         ``compile_config`` compiles the whole model, ``compile_layers`` each decoder layer. ``fast_layers`` is ``auto``,
         ``on`` or ``off``: decoder layers in their fast form, see docs/performance.md; ``force_hf`` turns it off as
-        well. ``autocast_dtype`` says that the caller computes under autocast. The liger and SDPA keys, ``backend``,
+        well. ``kernels`` is ``measure``, ``defaults`` or a mapping, see there; ``kernel_record`` what an earlier run
+        of the same job measured, and ``row_shape`` the rows and positions of the batches to come, if they are all
+        alike. ``autocast_dtype`` says that the caller computes under autocast. The liger and SDPA keys, ``backend``,
         ``has_packed_sequence`` and ``output_hidden_states`` are accepted and change nothing. ``kwargs``:
         ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``, ``force_download``, or keys of
         config.json to override.
@@ -149,6 +156,7 @@ class _NeMoAutoModel:
             fast_layers=str(options.fast_layers),
             force_hf=options.force_hf,
             autocast_dtype=options.autocast_dtype,
+            kernels=KernelRequest(parse_kernels(options.kernels), options.kernel_record, options.row_shape),
             quantization=quantization,
             freeze=options.freeze_config or {},
             peft=options.peft_config,

@@ -4,6 +4,9 @@ The choice is made once, for all layers of a model, and one line of the log name
 fast form where it was made for: adapters over a frozen bf16 base on a GPU with Triton. ``on`` asks for it wherever it
 computes the same, the CPU and fp32 included, and what does not fit is an error instead of a quiet change of plan.
 
+Adapters of a model whose decoder layers stay Transformers' own are fused with their linear layers (`fast_linears`): one
+more line of the log says on how many, or why not.
+
 A fast layer asks `attention_for` in every call what to compute. It may answer "nothing known": then the layer runs
 Transformers' modules, which hold the same weights.
 """
@@ -11,7 +14,8 @@ Transformers' modules, which hold the same weights.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -21,14 +25,18 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
+from nemo_automodel._transformers.fast_linears import fuse_adapters
+from nemo_automodel._transformers.kernel_choice import KernelRequest, choose_kernels
 from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
-from nemo_automodel.components.fast.decoder_layer import Attention, causal_attention, speed_up
+from nemo_automodel.components.fast.choices import Choices
+from nemo_automodel.components.fast.decoder_layer import Attention, causal_attention, causal_attention_by, speed_up
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import GROUPS, Adapter
 from nemo_automodel.components.fast.nf4_store import Nf4Fp8Store, Nf4Store
 from nemo_automodel.components.fast.spec import UnfitError, check_family, read_spec
+from nemo_automodel.components.fast.watch import Watch
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
 from nemo_automodel.shared.dtypes import dtype_name
@@ -56,15 +64,18 @@ class FastRequest:
     autocast_dtype: str | None = None
     asks_attention: bool = False
     """The attention implementation was named by the user, not chosen for him."""
+    kernels: KernelRequest = field(default_factory=KernelRequest)
+    """How the fast layers are to be computed."""
 
 
 def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     """Exchange the decoder layers and the last norm for their fast forms where they apply, and tell whether they do.
 
-    The model must be on its device and have its adapters.
+    Where they do not, adapters are fused with their linear layers if that is possible. The model must be on its device
+    and have its adapters.
 
     Raises:
-        UserError: ``on`` was asked for and they do not apply.
+        UserError: ``on`` was asked for and neither applies.
     """
     layers = _layers(model)
     reason = _obstacle(model, layers, request)
@@ -74,20 +85,32 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
                 f"`quantization.compute_in_fp8: true` needs the fast decoder layers, and {reason}. Leave "
                 "`compute_in_fp8` out: weights stay in 4 bits and are multiplied in the compute dtype."
             )
-        if request.wish == "on":
-            raise UserError(
-                f"`model.fast_layers: on` cannot be: {reason}. Set it to auto, which then takes Transformers' layers."
-            )
         logger.info("Decoder layers: plain Transformers: %s.", reason)
+        obstacle = _obstacle_to_adapters(model, request)
+        is_any_fused = obstacle is None and fuse_adapters(model, request.recompute) > 0
+        if obstacle not in (None, reason):
+            logger.info("Adapters: plain: %s.", obstacle)
+        if request.wish == "on" and not is_any_fused:
+            raise UserError(
+                f"`model.fast_layers: on` cannot be: {obstacle or reason}. Set it to auto, which then takes "
+                "Transformers' layers."
+            )
+        if request.kernels.wishes.asked:
+            logger.info("`model.kernels` has no effect: it is about fast decoder layers.")
         return False
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
     name, total = type(layers[0]).__name__, len(layers)
     adapters, (store, weights) = _adapters(model), _choose_store(layers[0], request)
+    table = choose_kernels(model, max(layers, key=lambda layer: len(lora_layers(layer))), request.kernels, store)
+    choices = Choices.from_names(table.names())
+    attention = partial(attention_for, causal=causal_attention_by(choices.attention))
     for layer in layers:
-        speed_up(layer, adapters, request.recompute, store, choose_attention=attention_for)
+        speed_up(layer, adapters, request.recompute, store, choices, attention)
+    Watch(model, [store for layer in layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
     speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+    model.kernel_table = table.to_json()  # type: ignore[assignment]
     what = f"{total} of {total}, {name}{weights}; recomputed: {request.recompute}"
     logger.info("Decoder layers: fast (%s).", what)
     return True
@@ -102,17 +125,27 @@ def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def attention_for(module: nn.Module, mask: torch.Tensor | None) -> Attention | None:
+def kernel_table(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Return how the fast layers of a model are computed, as plain values for a file; None if it has none."""
+    return vars(model).get("kernel_table")
+
+
+def attention_for(
+    module: nn.Module, mask: torch.Tensor | None, causal: Attention = causal_attention
+) -> Attention | None:
     """Return what a layer with the attention ``module`` computes under ``mask``, None for Transformers' own way.
+
+    ``causal`` computes where there is no mask.
 
     Masks are made by Transformers or by `packing_masks` for the implementation that the configuration names, so the
     function registered under that name reads them.
     """
     name: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]
-    if name not in _ATTENTIONS or torch.is_autocast_enabled(next(module.parameters()).device.type):
+    projection: Any = module.q_proj
+    if name not in _ATTENTIONS or torch.is_autocast_enabled(projection.weight.device.type):
         return None
     if mask is None:
-        return causal_attention
+        return causal
     function = AttentionInterface()[name]  # type: ignore[no-untyped-call]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -154,6 +187,20 @@ def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], 
     return _obstacle_on_machine(model) if request.wish == "auto" else None
 
 
+def _obstacle_to_adapters(model: PreTrainedModel, request: FastRequest) -> str | None:
+    """Return why adapters stay as they are where the decoder layers do, None when they can be fused.
+
+    The attention implementation does not matter: it is between the linear layers.
+    """
+    asked = _obstacle_in_request(model, replace(request, asks_attention=False))
+    if asked is not None or request.wish == "on":
+        return asked
+    machine = Machine.of(model.device)
+    if machine.device_type != "cuda":
+        return f"the model is on the {machine.device_type}"
+    return None if model.dtype == torch.bfloat16 else f"the weights are {dtype_name(model.dtype)}, not bfloat16"
+
+
 def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | None:
     attention = model.config._attn_implementation
     peft, dropout = request.peft, 0.0 if request.peft is None else request.peft.dropout
@@ -175,7 +222,7 @@ def _obstacle_on_machine(model: PreTrainedModel) -> str | None:
     if machine.device_type != "cuda":
         return f"the model is on the {machine.device_type}"
     if model.dtype != torch.bfloat16:
-        return f"the weights are {str(model.dtype).removeprefix('torch.')}, not bfloat16"
+        return f"the weights are {dtype_name(model.dtype)}, not bfloat16"
     if machine.capability < (8, 0):
         return "this GPU has no bfloat16 arithmetic"
     if not machine.has_triton:

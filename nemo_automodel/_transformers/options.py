@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers.quantized_load import FourBit
 from nemo_automodel.components._peft.config import PeftConfig
-from nemo_automodel.components.fast.config import parse_fast_layers
+from nemo_automodel.components.fast.config import KernelWishes, parse_fast_layers, parse_kernels
 from nemo_automodel.components.quantization.config import CompileConfig, QuantizationConfig
 from nemo_automodel.shared.backend import BackendConfig
 from nemo_automodel.shared.dtypes import parse_dtype
@@ -57,6 +57,9 @@ class ModelOptions:
     force_hf: bool = False
     fast_layers: str | bool = "auto"
     autocast_dtype: str | None = None
+    kernels: KernelWishes | str | dict[str, Any] | None = None
+    kernel_record: dict[str, Any] | None = None
+    row_shape: tuple[int, int] | None = None
     has_packed_sequence: bool = False
     output_hidden_states: bool | None = None
     distributed_setup: Any = None
@@ -87,6 +90,7 @@ class ModelOptions:
                 f"Use {', '.join(RECOMPUTE_POLICIES)}."
             )
         self.fast_layers = parse_fast_layers(self.fast_layers, self.force_hf)
+        self.kernels = parse_kernels(self.kernels)
         for key in self.freeze_config or {}:
             if key not in FREEZE_KEYS:
                 raise ConfigError(

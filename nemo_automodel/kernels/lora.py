@@ -49,10 +49,11 @@ class Update:
 
 
 def low_rank_grads(
-    x_TD: torch.Tensor, dy_TN: torch.Tensor, low_TR: torch.Tensor, dlow_TR: torch.Tensor
+    x_TD: torch.Tensor, dy_TN: torch.Tensor, low_TR: torch.Tensor, dlow_TR: torch.Tensor, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``dA`` ``[R, D]`` and ``dB / s`` ``[N, R]`` of stacked adapters; rows may lie in wider buffers."""
-    return torch.mm(dlow_TR.t(), x_TD), torch.mm(dy_TN.t(), low_TR)
+    """Return ``dA`` ``[R, D]`` and ``scale · dB / s`` ``[N, R]`` of stacked adapters; rows may lie in wider buffers."""
+    db_NR = dy_TN.new_empty((dy_TN.shape[1], low_TR.shape[1]))
+    return torch.mm(dlow_TR.t(), x_TD), torch.addmm(db_NR, dy_TN.t(), low_TR, beta=0, alpha=scale, out=db_NR)
 
 
 def add_update_(y_TN: torch.Tensor, update: Update, residual_TN: torch.Tensor | None = None) -> torch.Tensor:

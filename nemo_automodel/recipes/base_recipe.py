@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nemo_automodel._transformers.fast_layers import kernel_table
 from nemo_automodel._transformers.forward import LossFn
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal
@@ -51,6 +52,7 @@ from nemo_automodel.components.training.step_scheduler import Step, StepSchedule
 from nemo_automodel.recipes.banner import log_experiment, log_model
 from nemo_automodel.recipes.data_check import DataCheck
 from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens, count_tokens
+from nemo_automodel.recipes.kernel_record import read_kernels, write_kernels
 from nemo_automodel.recipes.packing_proof import prove_packing
 from nemo_automodel.recipes.settings import effective_yaml, load_settings
 from nemo_automodel.recipes.sick_runs import SickRuns
@@ -85,6 +87,8 @@ class BaseRecipe:
     val_loaders: Mapping[str, Iterable[Batch]]
     data_check: DataCheck | None = None
     """The label gate; None where it is off."""
+    kernel_record: dict[str, Any] | None = None
+    """How the run began to compute its fast layers; None for a fresh run."""
 
     def __init__(self, cfg: ConfigNode) -> None:
         self.cfg = cfg
@@ -127,10 +131,13 @@ class BaseRecipe:
         if self.data_check is not None:
             self.data_check.before_model(self.schedule.grad_accum)
         self._open_loggers()
+        if self.run_directory.resume_from is not None:
+            self.kernel_record = read_kernels(self.run_directory.path)
         with ExitStack() as on_failure:
             on_failure.callback(self.loggers.close, succeeded=False)
             with ScopedRNG(self.settings.seed, ranked=True):
                 self.build_model()
+            write_kernels(self.run_directory.path, kernel_table(self.model), self.kernel_record)
             self.model.train()
             self.model_files = ModelFiles(self.model, self.tokenizer)
             self._build_engine()

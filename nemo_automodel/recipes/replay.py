@@ -19,6 +19,7 @@ from nemo_automodel.components.checkpoint.optimizer_state import parameter_names
 from nemo_automodel.components.config._arg_parser import load_config, parse_command_line
 from nemo_automodel.components.distributed.grad import clip_grad_norm
 from nemo_automodel.components.training.step_dump import StepDump, StepFacts, read_dump, restore_random
+from nemo_automodel.recipes.kernel_record import read_kernels
 from nemo_automodel.recipes.registry import DEFAULT_RECIPE, recipe_path, resolve_recipe
 from nemo_automodel.recipes.section_rules import recipe_name
 from nemo_automodel.recipes.sick_runs import pieces
@@ -69,6 +70,7 @@ def replay(directory: Path, words: Sequence[str] = ()) -> Replay:
     dump = read_dump(directory)
     config = load_config(parse_command_line(["-c", str(dump.config_path), *words]))
     recipe = resolve_recipe(recipe_path(recipe_name(config) or DEFAULT_RECIPE))(config)
+    recipe.kernel_record = read_kernels(directory.resolve().parent.parent)  # the run directory, if it is still there
     recipe.set_up_model()
     names = parameter_names(recipe.model)
     parameters = {names[p]: p for p in recipe.model.parameters() if p.requires_grad}

@@ -17,7 +17,7 @@ from nemo_automodel.components.config.schema import (
 )
 from nemo_automodel.components.datasets.config import DataCheckConfig, DataloaderConfig, PackedSequenceConfig
 from nemo_automodel.components.distributed.config import DistributedConfig
-from nemo_automodel.components.fast.config import parse_fast_layers
+from nemo_automodel.components.fast.config import parse_fast_layers, parse_kernels
 from nemo_automodel.components.quantization.config import FP8Config, QATSettings
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
 from nemo_automodel.shared.imports import is_available, require
@@ -111,12 +111,14 @@ _MODEL_KEYS_ELSEWHERE = {
     "distributed_setup": "distributed",
     "fp8_config": "fp8",
     "freeze_config": "freeze_config",
+    "kernel_record": "kernels.json of the run directory",
     "moe_config": "distributed.moe",
     "moe_mesh": "distributed",
     "peft_config": "peft",
     "pipeline_config": "distributed.pipeline",
     "qat_config": "qat",
     "quantization_config": "quantization",
+    "row_shape": "packed_sequence.packed_sequence_size",
     "tp_plan": "distributed.tp_plan",
 }
 # keywords that the auto classes pass on and that everybody uses
@@ -126,6 +128,7 @@ _COMMON_MODEL_KEYS = (
     "cache_dir",
     "fast_layers",
     "has_packed_sequence",
+    "kernels",
     "local_files_only",
     "revision",
     "subfolder",
@@ -310,6 +313,9 @@ def check_model(node: ConfigNode, notices: list[str]) -> ConfigNode:
             check_dtype(node[key], f"model.{key}")
     if "fast_layers" in node:
         parse_fast_layers(node["fast_layers"], node.get("force_hf") is True)
+    if "kernels" in node:
+        kernels = node["kernels"]
+        parse_kernels(kernels.to_dict() if isinstance(kernels, ConfigNode) else kernels)
     if node.get("backend.rope_fusion") is True:
         notices.append("`model.backend.rope_fusion: true` has no effect.")
     return node

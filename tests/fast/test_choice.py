@@ -6,12 +6,15 @@ import logging
 
 import pytest
 import torch
+from support.other_models import model_with_adapters
 from support.tiny import tiny_config
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers import fast_layers
+from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel._transformers.packing_masks import Machine
-from nemo_automodel.components._peft.lora import PeftConfig
+from nemo_automodel.components._peft.lora import LinearLoRA, PeftConfig
+from nemo_automodel.components.fast.linear import FusedLinear
 from nemo_automodel.components.quantization.config import CompileConfig
 from nemo_automodel.shared.errors import ConfigError, UserError
 
@@ -28,6 +31,11 @@ def build(caplog, config=None, **keywords):
         )
     (line,) = [m for m in caplog.messages if m.startswith("Decoder layers: ")]
     return model, line.removeprefix("Decoder layers: ")
+
+
+def adapters_line(caplog) -> str:
+    (line,) = [m for m in caplog.messages if m.startswith("Adapters: ")]
+    return line.removeprefix("Adapters: ")
 
 
 def is_fast(model) -> list[bool]:
@@ -101,13 +109,74 @@ def test_other_families_recompute_the_usual_way(caplog):
     assert model.is_gradient_checkpointing
 
 
-def test_asking_for_what_does_not_fit_is_an_error(caplog):
+def test_on_fuses_the_adapters_where_the_decoder_layers_do_not_fit(caplog):
+    model, line = build(caplog, tiny_config("llama", mlp_bias=True), fast_layers="on")
+    assert line == "plain Transformers: `gate_proj` has a bias."
+    assert adapters_line(caplog) == "fused on 14 of 14 linear layers."
+    assert is_fast(model) == [False, False]
+    assert isinstance(model.model.layers[1].mlp.up_proj, FusedLinear)
+
+
+def test_adapters_are_fused_under_any_attention(caplog):
+    _, line = build(caplog, fast_layers="on", attn_implementation="eager")
+    assert line == "plain Transformers: `attn_implementation: eager` was asked for."
+    assert adapters_line(caplog) == "fused on 14 of 14 linear layers."
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+def test_auto_fuses_adapters_on_a_gpu_in_bfloat16(caplog, monkeypatch, attention):
+    monkeypatch.setattr(fast_layers.Machine, "of", lambda device: Machine("cuda", (9, 0)))
+    build(caplog, tiny_config("gemma3"), torch_dtype="bfloat16", attn_implementation=attention)
+    assert adapters_line(caplog) == "fused on 14 of 14 linear layers."
+    build(caplog, tiny_config("gemma3"), torch_dtype="float32", attn_implementation=attention)
+    assert adapters_line(caplog) == "plain: the weights are float32, not bfloat16."
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reason"),
+    [
+        (
+            {"peft_config": PeftConfig(target_modules="*_proj", dim=2, dropout=0.1)},
+            "dropout 0.1 on adapters is not on the fast path yet",
+        ),
+        (
+            {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True)},
+            "DoRA is not on the fast path yet",
+        ),
+        ({"compile_layers": True}, "the layers are compiled instead"),
+        ({"autocast_dtype": "bfloat16"}, "`distributed.autocast_dtype: bfloat16`"),
+    ],
+)
+def test_asking_for_what_cannot_be_in_any_form_is_an_error(caplog, keywords, reason):
     with pytest.raises(UserError) as refused:
-        build(caplog, tiny_config("llama", mlp_bias=True), fast_layers="on")
+        build(caplog, fast_layers="on", **keywords)
     assert str(refused.value) == (
-        "`model.fast_layers: on` cannot be: `gate_proj` has a bias. Set it to auto, which then takes Transformers' "
-        "layers."
+        f"`model.fast_layers: on` cannot be: {reason}. Set it to auto, which then takes Transformers' layers."
     )
+
+
+def test_linear_classes_of_a_model_are_asked_what_they_compute(caplog):
+    """Falcon's class is a product and a bias; one that does more keeps its plain adapter, named."""
+    model = model_with_adapters("falcon")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="nemo_automodel"):
+        assert fuse_adapters(model) == 8
+    assert adapters_line(caplog) == "fused on 8 of 8 linear layers."
+    odd = model_with_adapters("falcon")
+    layer = odd.transformer.h[1].mlp.dense_4h_to_h
+    own = type(layer).__mro__[2]
+    layer.__class__ = type(
+        "X", (LinearLoRA, type("Doubled", (own,), {"forward": lambda m, x: own.forward(m, x) * 2})), {}
+    )
+    odd.transformer.h[0].mlp.dense_4h_to_h.weight.requires_grad_(True)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="nemo_automodel"):
+        assert fuse_adapters(odd) == 6
+    assert adapters_line(caplog) == (
+        "fused on 6 of 8 linear layers; plain: 2, the first is `transformer.h.0.mlp.dense_4h_to_h`, which is trained "
+        "besides its adapter."
+    )
+    assert type(layer).__name__ == "X"
 
 
 def test_values_are_checked(caplog):
@@ -142,14 +211,16 @@ def test_auto_looks_at_the_machine(caplog, monkeypatch, machine, dtype, line):
 
 def test_a_base_that_learns_is_seen(caplog):
     model, _ = build(caplog, fast_layers="off")
-    model.model.layers[1].input_layernorm.weight.requires_grad_(True)
-    with pytest.raises(UserError, match=r"`input_layernorm\.weight` is trained; the fast layers are for adapters over"):
-        fast_layers.use_fast_layers(model, fast_layers.FastRequest("on", PEFT))
-    assert is_fast(model) == [False, False]
-    model.model.layers[1].input_layernorm.weight.requires_grad_(False)
+    norm = model.model.layers[1].input_layernorm
+    norm.weight.requires_grad_(True)
+    reason = "`input_layernorm.weight` is trained; the fast layers are for adapters over a frozen base"
+    assert choose(caplog, model) == f"plain Transformers: {reason}."
+    norm.weight.requires_grad_(False)
+    model, _ = build(caplog, fast_layers="off")
     model.model.layers[1].input_layernorm.to(torch.bfloat16)
-    with pytest.raises(UserError, match=r"its weights are of several dtypes \(torch.bfloat16, torch.float32\)"):
-        fast_layers.use_fast_layers(model, fast_layers.FastRequest("on", PEFT))
+    assert choose(caplog, model) == (
+        "plain Transformers: its weights are of several dtypes (torch.bfloat16, torch.float32)."
+    )
     assert is_fast(model) == [False, False]
 
 
@@ -157,5 +228,15 @@ def test_another_class_of_layer_is_seen(caplog):
     model, _ = build(caplog, fast_layers="off")
     base = type(model.model.layers[0])
     model.model.layers[0].__class__ = type("MyDecoderLayer", (base,), {})
-    with pytest.raises(UserError, match="its layers are MyDecoderLayer, not Transformers' LlamaDecoderLayer"):
-        fast_layers.use_fast_layers(model, fast_layers.FastRequest("on", PEFT))
+    assert choose(caplog, model) == (
+        "plain Transformers: its layers are MyDecoderLayer, not Transformers' LlamaDecoderLayer."
+    )
+
+
+def choose(caplog, model) -> str:
+    """Return the line about the layers of a model that is there already."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="nemo_automodel"):
+        assert not fast_layers.use_fast_layers(model, fast_layers.FastRequest("on", PEFT))
+    assert adapters_line(caplog) == "fused on 14 of 14 linear layers."
+    return caplog.messages[0].removeprefix("Decoder layers: ")

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nemo_automodel.kernels import fp8, linear_ce, lora, nf4, norm, rope, swiglu_lora
+from nemo_automodel.kernels import copy_many, fp8, linear_ce, lora, nf4, norm, rope, swiglu_lora
 
 _ROPE = {"NUM_Q": 32, "NUM_KV": 8, "HEAD": 128, "HAS_BIAS": True, "HAS_NORM": True, "BLOCK_H": 16, "BLOCK_E": 64}
 _SWIGLU_LORA = {"HAS_UPDATE": True, "GATE_FROM": 0, "UP_FROM": 64, "UP_TO": 128, "BLOCK_R": 64, "A_RANK": 64}
@@ -80,6 +80,12 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         swiglu_lora._swiglu_lora_backward_kernel,
         {"partial_ptr": "*fp32"},
         _SWIGLU_LORA | {"MULTIPLIES": True},
+    ),
+    (
+        "copy many",
+        copy_many._copy_many_kernel,
+        {"table_ptr": "*i64", "tiles_ptr": "*i32", "scales_ptr": "*fp32", "like_source_ptr": "*fp32"},
+        {"BLOCK": copy_many.BLOCK},
     ),
     (
         "sum of pieces",

@@ -172,7 +172,7 @@ def test_random_models(family):
 class _EmulatedStore(Nf4Store):
     """What 8-bit products mean, in fp32: inputs and gradients rounded by rows, weights by output channels."""
 
-    def _weights(self):
+    def _rounded_weights(self):
         for packed in self._packed:
             scales = nf4.channel_scales(packed).unsqueeze(1)
             numbers = nf4.dequantize(packed, torch.empty(packed.shape))
@@ -183,7 +183,7 @@ class _EmulatedStore(Nf4Store):
         return quantized.float() * scales
 
     def forward(self, x_TM, low_TR):
-        weight = torch.cat([w for w, _ in self._weights()])
+        weight = torch.cat([w for w, _ in self._rounded_weights()])
         y = self._rounded(x_TM[:, : self.num_in].contiguous()) @ weight.t()
         y = y if low_TR is None else y + low_TR @ self._b_NR.t()
         return torch.cat([y, torch.zeros(len(y), self.margin)], 1)
@@ -195,7 +195,7 @@ class _EmulatedStore(Nf4Store):
         return self.dgrad(dy_TM, dlow_TR), None
 
     def dgrad(self, dy_TM, dlow_TR):
-        weight, scales = map(torch.cat, zip(*self._weights(), strict=True))
+        weight, scales = map(torch.cat, zip(*self._rounded_weights(), strict=True))
         dx = self._rounded((dy_TM[:, : self.num_out] * scales[:, 0]).contiguous()) @ (weight / scales)
         return dx if dlow_TR is None else dx + dlow_TR @ self._a_RK
 

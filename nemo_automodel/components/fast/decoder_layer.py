@@ -20,7 +20,7 @@ G = 2F, W = (H + 2K)·E; M a buffer wider than its contents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,18 +43,31 @@ ChooseAttention = Callable[[nn.Module, torch.Tensor | None], Attention | None]
 """(a layer's attention module, its mask) → what to compute; None where Hugging Face's own modules must."""
 
 # cuDNN is 1.7 times as fast as the next on Hopper (543 against 304 TFLOP/s forward, measured on an H100)
-_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 _FAST_CLASSES: dict[type[nn.Module], type[FastDecoderLayer]] = {}
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Attend to all earlier positions; keys and values are not repeated for their group of queries."""
     return _sdpa(q, k, v, scale, None)
+
+
+def causal_attention_by(name: str, only: bool = False) -> Attention:
+    """Return `causal_attention` with the SDPA backend ``name`` first, or with no other.
+
+    ``name`` is ``cudnn``, ``flash``, ``efficient`` or ``math``.
+    """
+    backends = [_BACKENDS[name], *(() if only else (b for n, b in _BACKENDS.items() if n != name))]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return _sdpa(q, k, v, scale, None, backends)
+
+    return attend
 
 
 def masked_attention(mask: torch.Tensor) -> Attention:
@@ -73,8 +86,15 @@ def attention_by_mask(module: nn.Module, mask: torch.Tensor | None) -> Attention
     return causal_attention if mask is None else masked_attention(mask)
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
-    with sdpa_kernel(_BACKENDS, set_priority=True):
+def _sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    backends: Sequence[SDPBackend] = tuple(_BACKENDS.values()),
+) -> torch.Tensor:
+    with sdpa_kernel(list(backends), set_priority=True):
         return nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -214,6 +234,18 @@ class DecoderCore:
     def _flat(x_BHSE: torch.Tensor) -> torch.Tensor:
         """Return ``[T, H·E]``, without a copy where positions are outside heads in memory."""
         return x_BHSE.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def there_and_back(
+        self, x_BSD: torch.Tensor, dy_BSD: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Return output, gradient of the input and gradients of `parameters` of whole causal rows, for measurements."""
+        call = _Call(x_BSD.shape[0], x_BSD.shape[1], *tables, causal_attention)
+        x_TD, dy_TD = x_BSD.flatten(0, 1), dy_BSD.flatten(0, 1)
+        y_TD, saved = self.forward(x_TD, call, keeps=True)
+        assert saved is not None
+        dx_TD, grads = self.backward(dy_TD, x_TD, call, saved, wants_dx=True)
+        assert dx_TD is not None
+        return y_TD.view(x_BSD.shape), dx_TD.view(x_BSD.shape), grads
 
     # Backward.
 

@@ -87,9 +87,8 @@ class Nf4Store(DenseStore):
         self._scratch = Scratch.of(device)
         self._scratch.matrix(self.num_out + self.margin, self.num_in + self.margin, self.dtype)
 
-    @property
-    def _buffer(self) -> torch.Tensor:  # type: ignore[override]
-        """Weights and adapters as `DenseStore` lays them out, unpacked anew: to be asked for once a product."""
+    def _unpacked(self) -> torch.Tensor:
+        """Return weights and adapters as `DenseStore` lays them out, good until the next product of any layer."""
         shape = (self.num_out + self.margin, self.num_in + self.margin)
         buffer = self._scratch.matrix(*shape, self.dtype)
         for packed, (_, rows, _) in zip(self._packed, self._places, strict=True):
@@ -97,6 +96,28 @@ class Nf4Store(DenseStore):
         buffer[self.num_out :, : self.num_in] = self._a_RK
         buffer[: self.num_out, self.num_in :] = self._b_NR
         return buffer
+
+    # What `DenseStore` keeps as views is unpacked anew each time that it is asked for: once a product.
+
+    @property
+    def _weight_NK(self) -> torch.Tensor:  # type: ignore[override]
+        return self._unpacked()[: self.num_out, : self.num_in]
+
+    @property
+    def _weight_KN(self) -> torch.Tensor:  # type: ignore[override]
+        return self._weight_NK.t()
+
+    @property
+    def _forward_MN(self) -> torch.Tensor:  # type: ignore[override]
+        return self._unpacked()[: self.num_out].t()
+
+    @property
+    def _backward_MK(self) -> torch.Tensor:  # type: ignore[override]
+        return self._unpacked()[:, : self.num_in]
+
+    @property
+    def _b_RN(self) -> torch.Tensor:  # type: ignore[override]
+        return self._b_NR.t()
 
 
 class Nf4Fp8Store(WeightStore):

@@ -26,17 +26,21 @@ adapters are folded in, K or N where not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nemo_automodel.components.fast.names import Adapter, Slot
+from nemo_automodel.kernels.copy_many import Copy, copy_many_reference
 from nemo_automodel.kernels.fp8 import quantize_rows, scaled_product
 from nemo_automodel.kernels.lora import Update, add_update_, low_rank_grads
 
 _RANK_TILE = 64
 """Matrix units read the depth of a product in tiles of 64 sixteen-bit numbers."""
+
+_ALIGNED = 8
+"""Rows of so many sixteen-bit numbers, or a multiple, are read at full speed."""
 
 
 class _Steps:
@@ -60,6 +64,8 @@ class WeightStore:
 
     margin: int
     """How much wider than their contents buffers are."""
+    is_fresh = False
+    """Somebody has looked at the adapters just now and will look again before they change, see `watch`."""
     _a_RK: torch.Tensor
     _b_NR: torch.Tensor
 
@@ -98,6 +104,10 @@ class WeightStore:
         self._pack()
         self._addresses = self._base_addresses()
         self._adapters_seen: list[int] = []
+        self._weights: list[torch.Tensor] = []
+        self._copied_from: list[int] = []
+        self._copies: list[Copy] = []
+        self._one_kind: tuple[torch.dtype, torch.dtype, float] | None = None
 
     def _pack(self) -> None:
         """Store the weights of the slots, and make memory for the adapters."""
@@ -110,22 +120,41 @@ class WeightStore:
 
     def prepare(self) -> None:
         """Copy the adapters in; pack again if the weights were given other memory."""
-        if self._base_addresses() != self._addresses:
-            self._pack_all()
-        state = self._adapter_state()
-        if state == self._adapters_seen:
-            return
-        self._adapters_seen = state
-        for slot, rows, ranks in self._places:
-            if slot.adapter is None:
-                continue
-            self._a_RK[ranks].copy_(slot.adapter.lora_A.weight.detach())
-            # s·B in the adapter's dtype, rounded once
-            torch.mul(slot.adapter.lora_B.weight.detach(), slot.adapter.scaling, out=self._b_NR[rows, ranks])
+        if not self.is_fresh:
+            refresh((self,))
 
     def forget_adapters(self) -> None:
         """Copy the adapters in at the next call, changed or not: writes through `.data` leave no trace."""
         self._adapters_seen = []
+
+    def find_changes(self) -> bool:
+        """Pack again if the weights were given other memory; tell whether the adapters must be copied in."""
+        if self._base_addresses() != self._addresses:
+            self._pack_all()
+        state = self._adapter_state()
+        if state == self._adapters_seen:
+            return False
+        self._adapters_seen = state
+        addresses = [weight.data_ptr() for weight in self._weights]
+        if addresses != self._copied_from:
+            self._copied_from, self._copies = addresses, list(self._find_copies())
+        kinds = {
+            (slot.adapter.lora_A.weight.dtype, slot.adapter.lora_B.weight.dtype, slot.adapter.scaling)
+            for slot in self.slots
+            if slot.adapter is not None
+        }
+        self._one_kind = kinds.pop() if len(kinds) == 1 else None
+        return True
+
+    def copies(self) -> list[Copy]:
+        """Return where A and s·B of each adapter go and come from; the same objects while nothing moves."""
+        return self._copies
+
+    def _find_copies(self) -> Iterator[Copy]:
+        for slot, rows, ranks in self._places:
+            if slot.adapter is not None:
+                yield self._a_RK[ranks], slot.adapter.lora_A.weight.detach(), 1.0
+                yield self._b_NR[rows, ranks], slot.adapter.lora_B.weight.detach(), slot.adapter.scaling
 
     def _base_addresses(self) -> list[int]:
         linears = [slot.linear for slot in self.slots]
@@ -134,11 +163,14 @@ class WeightStore:
 
     def _adapter_state(self) -> list[int]:
         """Return numbers that change when the adapters may have changed."""
-        weights = self.parameters()
+        weights = self._weights = self._find_parameters()
         return [_Steps.count, *(number for weight in weights for number in (weight.data_ptr(), weight._version))]
 
     def parameters(self) -> list[torch.Tensor]:
         """Return A and B of every adapter, in the order of `adapter_grads`."""
+        return self._weights if self.is_fresh else self._find_parameters()
+
+    def _find_parameters(self) -> list[torch.Tensor]:
         adapters: list[Adapter] = [slot.adapter for slot in self.slots if slot.adapter is not None]
         return [module.weight for adapter in adapters for module in (adapter.lora_A, adapter.lora_B)]
 
@@ -154,11 +186,11 @@ class WeightStore:
 
     def low(self, x_TM: torch.Tensor) -> torch.Tensor | None:
         """Return x·Aᵀ, ``[T, R]``, of an input buffer or of dense inputs; None without adapters."""
-        return torch.mm(x_TM[:, : self.num_in], self._a_RK.t()) if self.has_adapters else None
+        return torch.mm(_first(x_TM, self.num_in), self._a_RK.t()) if self.has_adapters else None
 
     def low_grad(self, dy_TM: torch.Tensor) -> torch.Tensor | None:
         """Return dy·(s·B), ``[T, R]``, of a gradient buffer; None without adapters."""
-        return torch.mm(dy_TM[:, : self.num_out], self._b_NR) if self.has_adapters else None
+        return torch.mm(_first(dy_TM, self.num_out), self._b_NR) if self.has_adapters else None
 
     def adapter_grads(
         self, x_TM: torch.Tensor, dy_TM: torch.Tensor, low_TR: torch.Tensor | None, dlow_TR: torch.Tensor | None
@@ -166,8 +198,21 @@ class WeightStore:
         """Return the gradients of `parameters`, in their dtypes."""
         if low_TR is None or dlow_TR is None:
             return []
-        da_RK, db_NR = low_rank_grads(x_TM[:, : self.num_in], dy_TM[:, : self.num_out], low_TR, dlow_TR)
+        x_TK, dy_TN = _first(x_TM, self.num_in), _first(dy_TM, self.num_out)
         grads = []
+        if self._one_kind is not None:  # all adapters alike, as they nearly always are: few and large operations
+            dtype_a, dtype_b, scaling = self._one_kind
+            if self.rank % _ALIGNED == 0 and self.rank != self.rank_width:
+                low_TR, dlow_TR = low_TR[:, : self.rank], dlow_TR[:, : self.rank]
+            da_RK, db_NR = low_rank_grads(x_TK, dy_TN, low_TR, dlow_TR, scaling)
+            da_RK, db_NR = da_RK.to(dtype_a), db_NR.to(dtype_b)
+            if len(self.slots) == 1 and da_RK.shape[0] == self.rank:
+                return [da_RK, db_NR]
+            for slot, rows, ranks in self._places:
+                if slot.adapter is not None:
+                    grads += [da_RK[ranks], db_NR[rows, ranks]]
+            return grads
+        da_RK, db_NR = low_rank_grads(x_TK, dy_TN, low_TR, dlow_TR)
         for slot, rows, ranks in self._places:
             if slot.adapter is not None:
                 grads.append(da_RK[ranks].to(slot.adapter.lora_A.weight.dtype))
@@ -211,6 +256,11 @@ class WeightStore:
 
     # Products with the matrix. Rows of inputs may lie in a buffer of this store or be dense.
 
+    def base_outputs(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return what `forward_pending` does, the bias added, as ``[T, N]``."""
+        y_TN = self.forward_pending(x_TM, low_TR)[:, : self.num_out]
+        return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
+
     def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
         """Return the outputs without bias, as the first N columns of ``[T, M]``; ``low_TR`` is `low` of the inputs."""
         raise NotImplementedError
@@ -222,6 +272,18 @@ class WeightStore:
     def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
         """Return the gradient of the inputs, ``[T, K]``; ``dlow_TR`` is `low_grad` of the gradient."""
         raise NotImplementedError
+
+
+def _first(rows_TM: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the first columns, the tensor itself where these are all: a view takes as long as starting a kernel."""
+    return rows_TM if rows_TM.shape[1] == width else rows_TM[:, :width]
+
+
+def refresh(stores: Sequence[WeightStore], copy: Callable[[Sequence[Copy]], None] = copy_many_reference) -> None:
+    """Prepare stores: the adapters of all that changed are copied in together."""
+    changed = [pair for store in stores if store.find_changes() for pair in store.copies()]
+    if changed:
+        copy(changed)
 
 
 class DenseStore(WeightStore):
@@ -236,6 +298,10 @@ class DenseStore(WeightStore):
             self._buffer[self.num_out :, : self.num_in],
             self._buffer[: self.num_out, self.num_in :],
         )
+        # the parts that products read, made once: in a small model every view made in passing counts
+        self._weight_NK = self._buffer[: self.num_out, : self.num_in]
+        self._weight_KN, self._b_RN = self._weight_NK.t(), self._b_NR.t()
+        self._forward_MN, self._backward_MK = self._buffer[: self.num_out].t(), self._buffer[:, : self.num_in]
         self._a_RK.zero_()
         self._b_NR.zero_()
         for slot, rows, _ in self._places:
@@ -246,15 +312,22 @@ class DenseStore(WeightStore):
     def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
         """Return the outputs; see `WeightStore.forward`. The inputs' margin is overwritten."""
         y_TM = self.output_buffer(x_TM.shape[0])
-        y_TN = y_TM[:, : self.num_out]
+        y_TN = _first(y_TM, self.num_out)
         if low_TR is None or x_TM.shape[1] == self.num_in:  # dense inputs have no margin for the update
-            torch.mm(x_TM, self._buffer[: self.num_out, : self.num_in].t(), out=y_TN)
+            torch.mm(x_TM, self._weight_KN, out=y_TN)
             if low_TR is not None:
-                y_TN.addmm_(low_TR, self._b_NR.t())
+                y_TN.addmm_(low_TR, self._b_RN)
         else:
             x_TM[:, self.num_in :] = low_TR
-            torch.mm(x_TM, self._buffer[: self.num_out].t(), out=y_TN)
+            torch.mm(x_TM, self._forward_MN, out=y_TN)
         return y_TM
+
+    def low_grad(self, dy_TM: torch.Tensor) -> torch.Tensor | None:
+        """Return dy·(s·B); see `WeightStore.low_grad`. It lies in the margin of the gradient, where there is one."""
+        if not self.has_adapters or dy_TM.shape[1] == self.num_out:
+            return super().low_grad(dy_TM)
+        dlow_TR = dy_TM[:, self.num_out :]
+        return torch.mm(dy_TM[:, : self.num_out], self._b_NR, out=dlow_TR)
 
     def pending(self, low_TR: torch.Tensor | None) -> Update | None:
         """Return None: inputs have room for the update."""
@@ -268,22 +341,24 @@ class DenseStore(WeightStore):
         """Return the gradient of the inputs; complete if the gradient has a margin for the update."""
         if dlow_TR is None or dy_TM.shape[1] != self.num_out:
             return self.dgrad(dy_TM, dlow_TR), None
-        return torch.mm(dy_TM, self._buffer[: self.num_out, : self.num_in]), self._dgrad_update(dlow_TR)
+        return torch.mm(dy_TM, self._weight_NK), self._dgrad_update(dlow_TR)
 
     def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
         """Return residual + outputs, the sum made in the accumulator."""
         if low_TR is not None:
             x_TM[:, self.num_in :] = low_TR
-        return torch.addmm(residual_TN, x_TM, self._buffer[: self.num_out].t())
+        return torch.addmm(residual_TN, x_TM, self._forward_MN)
 
     def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
         """Return the gradient of the inputs; see `WeightStore.dgrad`. The gradient's margin is overwritten."""
         if dlow_TR is None:
-            return torch.mm(dy_TM, self._buffer[:, : self.num_in])
+            return torch.mm(dy_TM, self._backward_MK)
         if dy_TM.shape[1] == self.num_out:
-            return torch.mm(dy_TM, self._buffer[: self.num_out, : self.num_in]).addmm_(dlow_TR, self._a_RK)
-        dy_TM[:, self.num_out :] = dlow_TR
-        return torch.mm(dy_TM, self._buffer[:, : self.num_in])
+            return torch.mm(dy_TM, self._weight_NK).addmm_(dlow_TR, self._a_RK)
+        margin_TR = dy_TM[:, self.num_out :]
+        if dlow_TR.data_ptr() != margin_TR.data_ptr():  # `low_grad` writes there, other kernels do not
+            margin_TR.copy_(dlow_TR)
+        return torch.mm(dy_TM, self._backward_MK)
 
 
 class Fp8Store(WeightStore):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from typing import Any
 
 from nemo_automodel.components.loggers.charts import Point, format_number
 from nemo_automodel.components.loggers.metric_logger import TRAINING_FILE, read_records
+
+KERNELS_FILE = "kernels.json"
+"""How the fast layers of a run were computed."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class RunRecord:
     """``config.yaml`` of the newest checkpoint, as it stands in the file."""
     checkpoint: Path | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
+    """Operation of the fast layers → how it was computed."""
     samples: list[Sample] = field(default_factory=list)
     samples_note: str | None = None
     """Where the samples come from, or why there are none."""
@@ -78,6 +84,7 @@ class RunRecord:
             ("Started", _clock(self.train[0]) if self.train else None),
             ("Ended", _clock(self.train[-1]) if self.train else None),
             ("Newest checkpoint", self.checkpoint.name if self.checkpoint else None),
+            ("Kernels", ", ".join(f"{operation} {name}" for operation, name in self.kernels.items()) or None),
             ("Versions", ", ".join(f"{name} {version}" for name, version in self.versions.items()) or None),
             ("Directory", str(self.directory)),
         ]
@@ -110,7 +117,12 @@ def read_run(directory: Path) -> RunRecord:
         name = path.stem.removeprefix("validation").removeprefix("_") or "default"
         validation[name] = _read_steps(path)
     training = directory / TRAINING_FILE
-    return RunRecord(directory, _read_steps(training) if training.is_file() else [], validation)
+    return RunRecord(
+        directory,
+        _read_steps(training) if training.is_file() else [],
+        validation,
+        kernels=_read_kernels(directory / KERNELS_FILE),
+    )
 
 
 def points(records: list[dict[str, Any]], key: str) -> list[Point]:
@@ -122,6 +134,14 @@ def extreme(values: list[Point], choose: Callable[..., Any]) -> tuple[float, int
     """Return the value that ``choose`` (``min`` or ``max``) picks and its step; None when there is no finite value."""
     finite = [(value, step) for step, value in values if value is not None and math.isfinite(value)]
     return choose(finite) if finite else None
+
+
+def _read_kernels(path: Path) -> dict[str, str]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+        return {entry["operation"]: entry["implementation"] for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # a report goes without it; training refuses a damaged file
 
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:

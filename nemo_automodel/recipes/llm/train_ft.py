@@ -52,6 +52,10 @@ class TrainFinetuneRecipeForNextTokenPrediction(BaseRecipe):
         target = targets.resolve(self.settings.model.get("_target_"), "model._target_")
         if target.__module__ == auto_model.__name__:
             wishes["autocast_dtype"] = self.settings.distributed.autocast_dtype
+            wishes["kernel_record"] = self.kernel_record
+            row_len = self.settings.packed_sequence.packed_sequence_size
+            if row_len and self.settings.step_scheduler.local_batch_tokens is None:
+                wishes["row_shape"] = (self.settings.step_scheduler.local_batch_size, row_len)
             self.model = self.settings.model.instantiate(device=self.device, **wishes)
         else:
             if wishes:
