@@ -59,7 +59,7 @@ def row_tokens(dataset: Any, order: np.ndarray, cfg: PackedSequenceConfig, num_p
     if isinstance(dataset, MixedRows):
         return MixedTokens(dataset, order, cfg, num_proc)
     if isinstance(dataset, TokenizedRows) and is_ours(type(dataset)):
-        return StoredTokens(dataset, order, cfg.cache, num_proc)
+        return StoredTokens(dataset, order, cfg, num_proc)
     return OwnTokens(dataset, order)
 
 
@@ -68,12 +68,14 @@ class StoredTokens:
 
     is_in_files = True
 
-    def __init__(self, dataset: TokenizedRows[Any], order: np.ndarray, cache: bool | str, num_proc: int) -> None:
+    def __init__(
+        self, dataset: TokenizedRows[Any], order: np.ndarray, cfg: PackedSequenceConfig, num_proc: int
+    ) -> None:
         self._dataset, self._order, self._num_proc = dataset, order, num_proc
         key = key_of_dataset(dataset)
-        if key is None and cache is not False:
+        if key is None and cfg.cache is not False:
             logger.info("The tokens of this data set are not cached: something in it has no name for its content.")
-        self._store = open_store(key, len(dataset), cache)
+        self._store = open_store(key, len(dataset), cfg.cache, cfg.cache_days)
         self._owner = os.getpid()
         self._workers: TokenizeWorkers | None = None
         self._num_at_start = -1
