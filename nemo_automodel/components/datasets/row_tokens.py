@@ -21,6 +21,7 @@ from nemo_automodel.components.datasets.content_key import is_ours, key_of_datas
 from nemo_automodel.components.datasets.llm.formatting import Sample
 from nemo_automodel.components.datasets.llm.tokenized_rows import TokenizedRows
 from nemo_automodel.components.datasets.mix import MixedRows
+from nemo_automodel.components.datasets.read_ahead import ReadAhead
 from nemo_automodel.components.datasets.rows import describe
 from nemo_automodel.components.datasets.token_cache import TokenizedRow, open_store
 from nemo_automodel.components.datasets.tokenize_workers import TokenizeWorkers
@@ -78,9 +79,12 @@ class StoredTokens:
         self._store = open_store(key, len(dataset), cfg.cache, cfg.cache_days)
         self._owner = os.getpid()
         self._workers: TokenizeWorkers | None = None
+        self._ahead: ReadAhead | None = None
         self._num_at_start = -1
         self._is_closed = False
         self._work_if_nobody_does()
+        if len(self._store.missing(order)):  # after the workers were forked
+            self._ahead = ReadAhead(self._store)
 
     def where(self, row: int) -> str:
         """Return file and line, or data set and row."""
@@ -137,6 +141,8 @@ class StoredTokens:
     def close(self) -> None:
         """Stop the background processes and let others write."""
         if os.getpid() == self._owner and not self._is_closed:
+            if self._ahead is not None:
+                self._ahead.stop()
             self._store.refresh()
             if self._workers is not None:
                 self._workers.stop()

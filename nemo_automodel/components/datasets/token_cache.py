@@ -22,6 +22,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,6 +123,7 @@ class TokenStore:
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
         """Ids and labels of each chunk."""
         self._seen: set[str] = set()
+        self._owner, self._is_refreshing = os.getpid(), threading.Lock()
         # for each row: the number of its chunk (-1: not there), where its tokens begin there, and the chunk's facts
         self._chunk_of, self._starts = np.full(num_rows, -1, np.int32), np.zeros(num_rows, np.int64)
         self._facts = np.zeros((num_rows, 4), np.int32)
@@ -147,10 +149,17 @@ class TokenStore:
         return found
 
     def refresh(self) -> None:
-        """Look for chunks that were added, by this process or another one.
+        """Look for chunks that were added, by this process or another one; threads of one process may.
 
         The holder of the lock removes a damaged one, so that it is made anew.
         """
+        if os.getpid() == self._owner:
+            with self._is_refreshing:
+                self._refresh()
+        else:
+            self._refresh()  # a forked process has one thread, and its copy of the lock may have been taken
+
+    def _refresh(self) -> None:
         names = {entry.name for entry in os.scandir(self.directory) if entry.name.endswith(".chunk")}
         for name in sorted(names - self._seen):
             path = self.directory / name
@@ -163,12 +172,15 @@ class TokenStore:
                     logger.warning("The token cache's file %s is damaged. Its rows are tokenised again.", path)
                     path.unlink()
                 continue
-            self._seen.add(name)
-            self._chunk_of[chunk.rows] = len(self._chunks)
             lengths = chunk.facts[:, 0]
-            self._starts[chunk.rows] = np.cumsum(lengths, dtype=np.int64) - lengths
-            self._facts[chunk.rows] = chunk.facts
+            starts = np.cumsum(lengths, dtype=np.int64) - lengths
+            # other threads read a row once it is said to be there, so that comes last, and nothing of it changes then
+            is_new = self._chunk_of[chunk.rows] < 0
+            rows = chunk.rows[is_new]
             self._chunks.append((chunk.ids, chunk.labels))
+            self._starts[rows], self._facts[rows] = starts[is_new], chunk.facts[is_new]
+            self._chunk_of[rows] = len(self._chunks) - 1
+            self._seen.add(name)
 
     def write(self, rows: Sequence[int], tokenized: Sequence[TokenizedRow]) -> None:
         """Add a chunk; it appears whole or not at all.
