@@ -177,8 +177,8 @@ def measure_runs(tokenizer: PreTrainedTokenizerBase, data: Path, work: Path) -> 
         os.environ["NEMO_AUTOMODEL_CACHE"] = str(run / "cache")
         times = time_of_step_0(model, data, run, dataset, packing)
         detail = (
-            f"{times.waiting_s:.2f} s of it waiting for rows; {times.setup_s:.1f} s before, from the start of the recipe "
-            "until the model is there"
+            f"{times.waiting_s:.2f} s of it waiting for rows; before that {times.setup_s:.1f} s from the start of the "
+            "recipe until the model was there"
         )
         results.append(Result(f"run of a {name}: model ready to end of step 0", times.first_step_s, "s", 3.0, detail))
     return results

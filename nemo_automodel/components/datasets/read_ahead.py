@@ -1,8 +1,8 @@
 """A thread that looks for new chunks of a token store, so that whoever needs a row finds it read and checked.
 
-Checking a chunk's digest takes longer than all else the reader does with it: 0.2 s for the 128 MB of a set like SQuAD. The
-thread does it between two steps' batches; hashing leaves the interpreter to the others meanwhile. It holds no store: it
-ends when the store goes, when it is told to, or with the process.
+Checking a chunk's digest takes longer than all else the reader does with it: 0.2 s for the 128 MB of a set like SQuAD.
+The thread does it between the batches of two steps; hashing leaves the interpreter to the others meanwhile. It holds no
+store: it ends when the store goes, when it is told to, or with the process.
 """
 
 from __future__ import annotations
