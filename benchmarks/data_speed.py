@@ -180,7 +180,9 @@ def measure_runs(tokenizer: PreTrainedTokenizerBase, data: Path, work: Path) -> 
             f"{times.waiting_s:.2f} s of it waiting for rows; before that {times.setup_s:.1f} s from the start of the "
             "recipe until the model was there"
         )
-        results.append(Result(f"run of a {name}: model ready to end of step 0", times.first_step_s, "s", 3.0, detail))
+        # the set's processes share the cores with a model on the CPU, which says nothing about the data
+        limit = 3.0 if "stream" in name else None
+        results.append(Result(f"run of a {name}: model ready to end of step 0", times.first_step_s, "s", limit, detail))
     return results
 
 
