@@ -8,6 +8,8 @@ Measured are:
 
 * the whole set tokenised and packed, with an empty cache and from the cache, reading the file included;
 * the first packed row after the data set is asked for, with an empty cache, while the rest is still text;
+* in whole runs of the recipe with a tiny model (``recipe_start.py``), how long after the model is there step 0 is done:
+  of a stream, of a packed stream, and of the packed set while it is tokenised;
 * what share of the time a consumer of 20,000 tokens a second waits for the loader, while rows are tokenised behind it
   and when all are cached, and the tokens a second that the loader could deliver;
 * the share of padding that each packing strategy leaves.
@@ -35,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import squad_like
+from recipe_start import time_of_step_0, tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
@@ -161,12 +164,34 @@ def measure(tokenizer: PreTrainedTokenizerBase, data: Path, num_batches: int) ->
     return results
 
 
+def measure_runs(tokenizer: PreTrainedTokenizerBase, data: Path, work: Path) -> list[Result]:
+    """Start the recipe on the data in several ways; each has an empty cache."""
+    model = tiny_model(work / "model", tokenizer)
+    results = []
+    for name, dataset, packing in (
+        ("stream", {"streaming": True}, {}),
+        ("packed stream", {"streaming": True}, {"packed_sequence_size": ROW_TOKENS}),
+        ("packed set", {}, {"packed_sequence_size": ROW_TOKENS}),
+    ):
+        run = work / name.replace(" ", "_")
+        os.environ["NEMO_AUTOMODEL_CACHE"] = str(run / "cache")
+        times = time_of_step_0(model, data, run, dataset, packing)
+        detail = (
+            f"{times.waiting_s:.2f} s of it waiting for rows; before that {times.setup_s:.1f} s from the start of the "
+            "recipe until the model was there"
+        )
+        # the set's processes share the cores with a model on the CPU, which says nothing about the data
+        limit = 3.0 if "stream" in name else None
+        results.append(Result(f"run of a {name}: model ready to end of step 0", times.first_step_s, "s", limit, detail))
+    return results
+
+
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
     packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": "python benchmarks/data_speed.py --tokenizer DIR",
+        "command": "python benchmarks/data_speed.py " + " ".join(arg for arg in sys.argv[1:] if arg[:1] == "-"),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "load_before": [round(load, 2) for load in os.getloadavg()],
@@ -182,6 +207,7 @@ def main() -> int:
     parser.add_argument("--keeps-template", action="store_true", help="write rows with the tokenizer's chat template")
     parser.add_argument("--rows", type=int, default=SQUAD_ROWS, help="rows of the data")
     parser.add_argument("--batches", type=int, default=200, help="batches taken at the pace of training")
+    parser.add_argument("--runs-only", action="store_true", help="measure the runs of the recipe alone")
     parser.add_argument("--out", type=Path, help="write the record as JSON")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -194,7 +220,8 @@ def main() -> int:
         data = Path(work) / "train.jsonl"
         write_rows(data, args.rows)
         num_bytes = data.stat().st_size
-        results = measure(tokenizer, data, args.batches)
+        results = [] if args.runs_only else measure(tokenizer, data, args.batches)
+        results += measure_runs(tokenizer, data, Path(work))
     for result in results:
         kept = "    " if result.limit is None else "ok  " if result.is_kept else "OVER"
         limit = "" if result.limit is None else f"(limit {result.limit:g})"

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from nemo_automodel._transformers import frozen_head
 from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
 from nemo_automodel._transformers.packing_masks import (
+    BatchFiller,
     Machine,
-    PackedMask,
     build_packed_masks,
     check_can_isolate,
     choose_backend,
@@ -62,6 +62,7 @@ class LabelledForward:
         self._bypasses_head = False
         self._backends: dict[bool, str] = {}
         """The kernel of packed rows, without and with shared prefixes; chosen when the first such batch comes."""
+        self._filled = BatchFiller()
         self._is_head_proven = False
         self._joins_head: bool | None = None if joins_frozen_head else False
         """Whether the head and a plain loss are one step; ``None``: to be found out."""
@@ -107,17 +108,23 @@ class LabelledForward:
         )
 
     def model_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return what the model is called with, on its device: token ids, and the mask of packed or padded rows."""
+        """Return what the model is called with, on its device: token ids, and the mask of packed or padded rows.
+
+        There may be more rows than in ``batch``, after them (see ``BatchFiller``).
+        """
         device = self.model.device
+        if "seq_lens" in batch and self._backend_of(batch) == "flex":
+            batch = self._filled.fill(batch)
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"].to(device, non_blocking=True)}
         if "seq_lens" in batch:
             inputs["position_ids"] = batch["position_ids"].to(device, non_blocking=True)
-            inputs["attention_mask"] = self._packed_masks(batch)
+            inputs["attention_mask"] = build_packed_masks(self.model, batch, self._backend_of(batch))
         elif "attention_mask" in batch and not self._needs_no_mask(batch):
             inputs["attention_mask"] = batch["attention_mask"].to(device, non_blocking=True)
         return inputs
 
-    def _packed_masks(self, batch: Batch) -> PackedMask:
+    def _backend_of(self, batch: Batch) -> str:
+        """Return the kernel of packed rows, and switch the model to it when the first such batch comes."""
         has_branches = "branch_ids" in batch
         if has_branches not in self._backends:
             check_can_isolate(self.model, batch["input_ids"].shape[1])
@@ -128,7 +135,7 @@ class LabelledForward:
             logger.info("Attention of packed rows: %s (%s).", backend, reason)
             switch_attention(self.model, backend)
             self._backends[has_branches] = backend
-        return build_packed_masks(self.model, batch, self._backends[has_branches])
+        return self._backends[has_branches]
 
     def _needs_no_mask(self, batch: Batch) -> bool:
         """Tell whether causality alone keeps tokens from seeing padding: it does when all padding is at the end."""

@@ -46,7 +46,7 @@ from nemo_automodel.kernels.attention import (
 )
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import is_available
-from nemo_automodel.shared.types import Batch
+from nemo_automodel.shared.types import IGNORE_INDEX, Batch
 
 logger = logging.getLogger(__name__)
 
@@ -331,3 +331,33 @@ def build_packed_masks(model: PreTrainedModel, batch: Batch, backend: str) -> Pa
     if getattr(config, "attention_chunk_size", None) is not None:
         return make("chunked_attention")
     return make("full_attention")
+
+
+class BatchFiller:
+    """Fills up the odd batch that has fewer rows than usual, so that FlexAttention is not compiled for it alone.
+
+    That takes seconds, and an epoch's last batch comes once an epoch. The rows put behind hold one token and carry no
+    label, so loss and gradients stay what they are. A smaller size that comes twice in a row is here to stay, as that
+    of a validation set, and is left alone.
+    """
+
+    def __init__(self) -> None:
+        self._num_rows: dict[tuple[bool, int], tuple[int, int]] = {}
+        """Most rows and last number of rows, by (whether there are shared prefixes, length of a row)."""
+
+    def fill(self, batch: Batch) -> Batch:
+        """Return the batch, or one of as many rows as the largest batch of its kind had."""
+        num_rows, seq_len = batch["input_ids"].shape
+        key = "branch_ids" in batch, seq_len
+        most, last = self._num_rows.get(key, (0, 0))
+        self._num_rows[key] = max(most, num_rows), num_rows
+        missing = most - num_rows
+        if missing <= 0 or num_rows == last:
+            return batch
+        filled = {
+            name: torch.cat([rows, rows.new_full((missing, rows.shape[1]), value)])
+            for name, value in (("input_ids", 0), ("branch_ids", 0), ("labels", IGNORE_INDEX), ("seq_lens", -1))
+            if (rows := batch.get(name)) is not None
+        }
+        positions_1S = torch.arange(seq_len).expand(missing, -1)
+        return {**batch, **filled, "position_ids": torch.cat([batch["position_ids"], positions_1S])}

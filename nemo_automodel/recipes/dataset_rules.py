@@ -52,7 +52,7 @@ def check_dataset(node: ConfigNode) -> None:
 
     Raises:
         ConfigError: a target that is not there, a keyword it does not take, or a mixture that cannot be read.
-        NotSupportedYetError: ``unshifted: true``.
+        NotSupportedYetError: ``unshifted: true``, or a Delta table.
         UserError: a package that is not installed.
     """
     if "mix" in node:
@@ -60,6 +60,7 @@ def check_dataset(node: ConfigNode) -> None:
             check_dataset(inner)
         return
     check_installed(node)
+    _refuse_delta(node)
     tokenizer = node.get("tokenizer")
     node.remove("tokenizer")  # it may lack its path: then it is the model's
     check_target(node, runtime=("tokenizer",))
@@ -72,6 +73,17 @@ def check_dataset(node: ConfigNode) -> None:
         require_mapping(tokenizer, f"{node.place}.tokenizer")
         check_target(tokenizer, runtime=TOKENIZER_RUNTIME)
         node["tokenizer"] = tokenizer
+
+
+def _refuse_delta(node: ConfigNode) -> None:
+    """Refuse the keys of Delta tables: nothing here has ever read one, since that takes a Databricks service."""
+    for key in node:
+        if key.startswith("delta_") and "ColumnMappedTextInstruction" in str(node.get("_target_")):
+            raise NotSupportedYetError(
+                f"`{node.place}.{key}`: Delta tables (Databricks) are not supported yet. Write the table as Parquet "
+                "(`spark.table(name).write.parquet(directory)`), name the directory in "
+                f"`{node.place}.path_or_dataset_id`, and remove the `delta_` keys."
+            )
 
 
 def check_token_budget(

@@ -266,9 +266,9 @@ ROWS: dict[str, Fault] = {
     "longer than the pack, cut": Fault(
         [GOOD, LONG],
         TABLE,
-        "data.jsonl line 2 has 363 tokens, and `packed_sequence.packed_sequence_size` cuts off all 2 learned ones, so "
-        "it teaches nothing (1 of 2 rows looked at). Raise `packed_sequence.packed_sequence_size`, shorten the row, or "
-        "bear a share of such rows with `data_check.max_unlearned_share`.",
+        "data.jsonl line 2 has 363 tokens, and `packed_sequence.packed_sequence_size: 64` cuts off all 2 learned ones, "
+        "so it teaches nothing. Raise `packed_sequence.packed_sequence_size`, shorten or remove the row, or bear such "
+        "rows with `data_check.max_unlearned_share`.",
         more={"packed_sequence": {"packed_sequence_size": 64, "on_long": "truncate"}},
     ),
     "a template with a mistake": Fault(

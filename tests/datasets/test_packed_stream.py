@@ -138,6 +138,45 @@ def test_a_stream_goes_on_where_its_state_was_taken(kind, strategy: str, num_wor
         assert epoch(resumed, 1) == expected[1]
 
 
+@pytest.mark.parametrize("strategy", ["thd", "best_fit"])
+@pytest.mark.parametrize("kind", [Indexed, Foreign])
+def test_the_report_counts_every_document_once_however_often_it_resumes(kind, strategy: str):
+    """Some documents are too long, so what is left out is counted, too; the place is taken after every row."""
+    lengths = [length + 20 * (number % 5 == 1) for number, length in enumerate(LENGTHS)]
+    whole = pack(kind(lengths), packing_strategy=strategy)
+    expected = [(row, str(whole.report)) for row in whole]
+    assert "dropped because they are longer than a row" in str(whole.report)
+    for again in (False, True):  # in a new process, and in the same one
+        stream, state = pack(kind(lengths), packing_strategy=strategy), None
+        for row, report in expected:
+            if not again:
+                stream = pack(kind(lengths), packing_strategy=strategy)
+            if state is not None:
+                stream.load_state_dict(json.loads(state))
+            assert next(iter(stream)) == row
+            assert str(stream.report) == report
+            state = json.dumps(stream.state_dict())
+        stream.load_state_dict(json.loads(state))
+        assert list(stream) == []
+        assert str(stream.report) == str(whole.report)
+    list(whole)
+    assert str(whole.report) == str(stream.report), "of one pass, not of two"
+
+
+def test_a_place_without_counts_is_that_of_an_older_checkpoint(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    stream = pack(Indexed(LENGTHS))
+    rows = list(stream)
+    taken = iter(stream)
+    next(taken)
+    state = {key: value for key, value in stream.state_dict().items() if key != "counts"}
+    resumed = pack(Indexed(LENGTHS))
+    resumed.load_state_dict(state)
+    caplog.clear()
+    assert list(resumed) == rows[1:]
+    assert [line.partition(":")[0] for line in caplog.messages] == ["The stream, with what was read before"]
+
+
 def test_resuming_twice_counts_on():
     expected = epoch(loader_of(Foreign(LENGTHS), shuffle=None))
     state = None

@@ -174,7 +174,11 @@ def test_long_documents_are_refused(options: dict):
 def test_long_documents_are_cut(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     unlearned = {"input_ids": list(range(12)), "labels": [-100] * 11 + [5]}
-    packed = pack([document(0, 8), document(1, 11), unlearned], 10, on_long="truncate")
+    documents = [document(0, 8), document(1, 11), unlearned]
+    with pytest.raises(UserError, match=r"^Row 3 has 12 tokens, and `packed_sequence.packed_sequence_size: 10`"):
+        len(pack(documents, 10, on_long="truncate"))
+    cfg = PackedSequenceConfig(packed_sequence_size=10, on_long="truncate")
+    packed = pack_dataset(documents, cfg, pad_token_id=PAD, seed=0, shuffle=False, bears_unlearned=True)
     cut = {key: value[:10] for key, value in document(1, 11).items()}
     assert unpack(packed) == [[document(0, 8)], [cut]]
     assert caplog.messages == [

@@ -324,6 +324,7 @@ def test_rows_that_lose_their_answer_are_told_cold_and_warm(data, caplog):
     expected = None
     for _ in range(2):
         dataset = rows_of(data, seq_length=8, truncation=True)
+        dataset.bears_unlearned = True
         packed = pack(dataset)
         len(packed)
         lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -332,6 +333,7 @@ def test_rows_that_lose_their_answer_are_told_cold_and_warm(data, caplog):
         assert lines == expected
         assert any("loses its whole answer and teaches nothing at `seq_length: 8`" in line for line in lines)
         reference = rows_of(data, seq_length=8, truncation=True)
+        reference.bears_unlearned = True
         [reference[i] for i in range(len(reference))]
         caplog.clear()
         assert dataset.num_unlearned_rows == reference.num_unlearned_rows == packed.report.num_unlearned > 10

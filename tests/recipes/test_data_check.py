@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,25 @@ def test_off_skips(make_config, set_up, caplog: pytest.LogCaptureFixture, value:
         recipe = set_up(make_config(data_check=value, dataset__seq_length=8, dataset__truncation=True))
     assert recipe.data_check is None
     assert gate_lines(caplog) == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_answer_cut_off_whole_ends_the_run_even_without_the_gate(make_config, set_up, streaming: bool):
+    """The gate is off, so the row of step 0 is found when it is tokenised; a share to bear lets the run go on."""
+    cut = {"dataset__seq_length": 8, "dataset__truncation": True, "dataset__streaming": streaming}
+    run = set_up(make_config("off", data_check="off", step_scheduler__max_steps=2, **cut))
+    with pytest.raises(UserError) as caught:
+        run.run_train_validation_loop()
+    assert re.fullmatch(
+        r"\S+train\.jsonl line \d+ has \d+ tokens, and `dataset\.seq_length: 8` cuts off all \d+ learned ones, so it "
+        r"teaches nothing\. Raise `dataset\.seq_length`, shorten or remove the row, or bear such rows with "
+        r"`data_check\.max_unlearned_share`\.",
+        str(caught.value),
+    )
+    lenient = {"max_unlearned_share": 1.0, "max_truncated_share": 1.0, "require_end_token": False}
+    run = set_up(make_config("borne", data_check=lenient, step_scheduler__max_steps=2, **cut))
+    run.run_train_validation_loop()
+    assert run.schedule.step == 2
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,21 @@ def test_features_of_later_versions_are_named(sections: dict, key: str):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["dataset.ColumnMappedTextInstructionDataset", "iterable"])
+def test_delta_tables_are_refused_with_a_way_out(form: str):
+    folder = "nemo_automodel.components.datasets.llm.column_mapped_text_instruction_"
+    target = folder + (form if form != "iterable" else "iterable_dataset.ColumnMappedTextInstructionIterableDataset")
+    mapping = {"question": "q", "answer": "a"}
+    section = {"_target_": target, "path_or_dataset_id": "catalog.schema.table", "column_mapping": mapping}
+    with pytest.raises(NotSupportedYetError) as caught:
+        settings_of(dataset={**section, "delta_version": 3})
+    assert str(caught.value) == (
+        "`dataset.delta_version`: Delta tables (Databricks) are not supported yet. Write the table as Parquet "
+        "(`spark.table(name).write.parquet(directory)`), name the directory in `dataset.path_or_dataset_id`, and "
+        "remove the `delta_` keys."
+    )
+
+
 CENSUS_SECTIONS = """
     dist_env optimizer recipe distributed checkpoint model step_scheduler dataloader dataset loss_fn ci rng
     validation_dataloader validation_dataset packed_sequence seed lr_scheduler peft freeze_config wandb processor

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_automodel._transformers import forward
 from nemo_automodel._transformers.forward import LabelledForward
-from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine, choose_backend
+from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, BatchFiller, Machine, choose_backend
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.kernels import attention
 from nemo_automodel.shared.errors import UserError
@@ -157,3 +157,68 @@ def test_rotary_embeddings_that_follow_the_longest_document_are_refused(family, 
     with torch.no_grad():
         logits = [model(**LabelledForward(model).model_inputs(batch)).logits[0, :5] for batch in (short, long)]
     assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+# --- batches with fewer rows -----------------------------------------------------------------------------------------
+
+
+def rows_given(monkeypatch: pytest.MonkeyPatch, sizes: list[int]) -> tuple[list[int], list[float], list[float]]:
+    """Return the rows the model sees, its losses, and those of the same batches one by one.
+
+    Batches are filled as for FlexAttention and computed with the dense mask, since it has no backward pass on a CPU.
+    """
+    build = forward.build_packed_masks
+    monkeypatch.setattr(forward, "build_packed_masks", lambda model, batch, _: build(model, batch, "dense"))
+    monkeypatch.setattr(LabelledForward, "_backend_of", lambda *_: "flex")
+    model, seen = make_model("llama"), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    run, loss_fn = LabelledForward(model), MaskedCrossEntropy()
+    losses, alone = [], []
+    for number, size in enumerate(sizes):
+        batch = pack(make_documents([[7, 9, 12]] * size, seed=number), 32)
+        losses.append(run.loss(batch, loss_fn))
+        model.zero_grad()
+        losses[-1].backward()
+        grads = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        expected = LabelledForward(model).loss(batch, loss_fn)
+        expected.backward()
+        for found, parameter in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6)
+        alone.append(expected.item())
+    return seen[::2], [loss.item() for loss in losses], alone
+
+
+def test_the_last_batch_is_filled_up_and_changes_neither_loss_nor_gradients(monkeypatch):
+    seen, losses, alone = rows_given(monkeypatch, [4, 4, 3, 4, 1, 4])
+    assert seen == [4] * 6
+    assert losses == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_smaller_size_that_stays_is_left_alone(monkeypatch):
+    seen, losses, alone = rows_given(monkeypatch, [3, 2, 2, 2, 3])
+    assert seen == [3, 3, 2, 2, 3]
+    assert losses == pytest.approx(alone, rel=1e-6)
+
+
+def test_only_flex_attention_needs_it():
+    model = make_model("llama")
+    run = LabelledForward(model)
+    for size in (3, 2):
+        inputs = run.model_inputs(pack(make_documents([[7, 9]] * size), 32))
+        assert len(inputs["input_ids"]) == size
+
+
+def test_branches_are_filled_up_as_well():
+    filler = BatchFiller()
+    batch = pack(make_documents([[7, 9]] * 3), 32)
+    batch["branch_ids"] = torch.randint(0, 3, (3, 32))
+    assert filler.fill(batch) is batch
+    short = {key: rows[:1] for key, rows in batch.items()}
+    filled = filler.fill(short)
+    assert {key: tuple(rows.shape) for key, rows in filled.items()} == {
+        key: tuple(rows.shape) for key, rows in batch.items()
+    }
+    assert all(torch.equal(filled[key][:1], short[key]) for key in batch)
+    assert (filled["labels"][1:] == -100).all()
+    assert filler.fill({key: rows[:1] for key, rows in pack(make_documents([[7]]), 32).items()})["labels"].shape[0] == 1

@@ -117,6 +117,32 @@ def test_answers_to_one_prompt_and_branches_of_a_dialogue(family):
     assert report.num_documents == 5
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(("trunk", "limb"), [(60, 8), (20, 50)])
+def test_a_dialogue_whose_branches_branch_again(family, trunk, limb):
+    """One level is shared, the one that saves most: the trunk of all six rows, or the longer one of each three."""
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(n):
+        return torch.randint(4, 600, (n,), generator=generator).tolist()
+
+    root, samples = ids(trunk), []
+    for _ in range(2):
+        prompt = root + ids(limb)
+        for length in (4, 9, 2):
+            answer = ids(length)  # the last turn, the only one that is learned
+            samples.append({"input_ids": prompt + answer[:-1], "labels": [-100] * (len(prompt) - 1) + answer})
+    model = tiny(family)
+    shared, report = packed_batch(samples, True, row_len=300)
+    saved = {"all": 5 * trunk, "each three": 2 * 2 * (trunk + limb - 1)}
+    assert report.num_saved_tokens == max(saved.values())
+    assert max(saved, key=saved.__getitem__) == ("all" if trunk == 60 else "each three")
+    alone = [default_collater([s]) for s in samples]
+    assert count_label_tokens([shared]) == count_label_tokens(alone)
+    expected = losses_and_gradients(model, alone)
+    assert max(relative_differences(losses_and_gradients(model, [shared]), expected)) < 1e-5
+
+
 def test_flex_attention_computes_branches(samples, monkeypatch):
     model = tiny("qwen3")  # heads of 16
     shared, _ = packed_batch(samples, True)

@@ -102,6 +102,8 @@ class PackedSequenceConfig:
     """Documents that ``best_fit`` chooses from."""
     cache: bool | str = True
     """Keep tokenised rows on disk; a text names the directory."""
+    cache_days: int | None = 30
+    """Remove tokenised rows that no run has used for so many days; ``null`` keeps them."""
     drop_long_samples: bool = True
     """``true`` drops documents longer than a row and says how many; ``false`` refuses them."""
     on_long: str | None = None
@@ -128,6 +130,11 @@ class PackedSequenceConfig:
         if self.look_ahead < 1:
             raise ConfigError(
                 f"`packed_sequence.look_ahead` is {self.look_ahead}, but it must be at least 1. Use 1000."
+            )
+        if self.cache_days is not None and self.cache_days < 1:
+            raise ConfigError(
+                f"`packed_sequence.cache_days` is {self.cache_days}, but it must be at least 1. Use 30, or null to "
+                "keep tokenised rows for ever."
             )
         if self.on_long is not None and self.on_long not in LONG_POLICIES:
             raise ConfigError(

@@ -83,8 +83,12 @@ def _described(value: Any) -> Any:
 
 
 def _is_state(cls: type, name: str) -> bool:
-    """Tell whether an attribute counts or remembers, and so decides nothing."""
-    return name.startswith("num_") or isinstance(inspect.getattr_static(cls, name, None), functools.cached_property)
+    """Tell whether an attribute counts, remembers or refuses, and so decides nothing about tokens."""
+    return (
+        name.startswith("num_")
+        or name == "bears_unlearned"
+        or isinstance(inspect.getattr_static(cls, name, None), functools.cached_property)
+    )
 
 
 def _function(function: Any) -> str:

@@ -122,13 +122,14 @@ def _of_tokenized_rows(dataset: TokenizedRows[Any], indices: Sequence[int]) -> l
     for index, encoded in dataset.encode(indices):
         (document,) = documents_of(dataset.layout.sample(encoded), dataset.rows.where(index))
         limit = dataset.layout.max_tokens
+        num_kept, num_cut = dataset.layout.num_cut(encoded)
         row_id = dataset.rows[index].get("id")
         found.append(
             replace(
                 document,
                 cut_ids=[] if limit is None else encoded.ids[limit:],
-                num_learned_cut=dataset.layout.num_cut(encoded)[1],
-                is_skipped=dataset.skips_invalid and not encoded.learned,
+                num_learned_cut=num_cut,
+                is_skipped=dataset.skips_invalid and (not encoded.learned or (num_cut > 0 and num_kept == 0)),
                 row_id=None if row_id is None else str(row_id),
             )
         )

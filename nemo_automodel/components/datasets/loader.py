@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 # rows sorted together by group_by_length, in batches: long enough to find equals, short enough to stay shuffled
 _BATCHES_SORTED_TOGETHER = 50
 _LENGTHS_AT_ONCE = 1000
+# what a worker makes of an error: its whole traceback, with the message at the end
+_OF_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n.*\n[\w.]+Error: (.*)", re.DOTALL)
 
 
 def shuffles(cfg: DataloaderConfig, is_training: bool) -> bool:
@@ -312,9 +315,15 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
             return
         if self._rows is not None:
             self._rows.start = self._start
-        for batch in super().__iter__():
-            self._num_batches += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self._num_batches += 1
+                yield batch
+        except UserError as error:
+            found = _OF_WORKER.fullmatch(str(error))
+            if found is None:
+                raise
+            raise UserError(found[1].strip()) from error
         self._is_finished = True
 
     def peek(self, num_batches: int) -> list[list[int]] | None:

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from nemo_automodel.components.datasets.config import PackedSequenceConfig
 from nemo_automodel.components.datasets.llm.formatting import Sample
+from nemo_automodel.components.datasets.llm.tokenized_rows import nothing_left
 from nemo_automodel.components.datasets.mix import MixedRows
 from nemo_automodel.components.datasets.packed_row import packed_row
 from nemo_automodel.components.datasets.packed_stream import PackedStream
@@ -37,6 +38,7 @@ from nemo_automodel.components.datasets.packing import (
 )
 from nemo_automodel.components.datasets.prefix_sharing import PrefixSharing
 from nemo_automodel.components.datasets.row_tokens import RowTokens, row_tokens
+from nemo_automodel.components.datasets.token_cache import TokenizedRow
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.types import IGNORE_INDEX
 
@@ -65,11 +67,17 @@ class Documents:
     """The documents of a map-style set in packing order; what cannot be packed is counted and left out."""
 
     def __init__(
-        self, tokens: RowTokens, order: np.ndarray, cfg: PackedSequenceConfig, arrange: Arrange | None = None
+        self,
+        tokens: RowTokens,
+        order: np.ndarray,
+        cfg: PackedSequenceConfig,
+        arrange: Arrange | None = None,
+        bears_unlearned: bool = False,
     ) -> None:
         self.tokens, self.num_rows, self.num_seen = tokens, len(order), 0
         self.report = PackingReport(cfg.packed_sequence_size, cuts_long=cfg.long_policy == "truncate")
         self._order, self._policy, self._arrange = order, cfg.long_policy, arrange
+        self._bears_unlearned = bears_unlearned
         self._arranged: list[Document] = []
 
     def __iter__(self) -> Iterator[Piece]:
@@ -103,13 +111,20 @@ class Documents:
                 length = check_length(length, self.report, self._policy, self.tokens.where(row))
                 if length == 0:
                     continue
-            is_learned = tokens.num_learned > 0
+            num_learned = tokens.num_learned
             if length < len(tokens.ids):
-                is_learned = bool((tokens.labels[:length] != IGNORE_INDEX).any())
-            if not is_learned:
+                num_learned = int((tokens.labels[:length] != IGNORE_INDEX).sum())
+                if num_learned < tokens.num_learned:
+                    self._check_cut(row, tokens, num_learned)
+            if num_learned == 0:
                 self.report.num_unlearned += 1
                 continue
             yield row, length
+
+    def _check_cut(self, row: int, tokens: TokenizedRow, num_learned: int) -> None:
+        if num_learned == 0 and not self._bears_unlearned:
+            where, key = self.tokens.where(row), "packed_sequence.packed_sequence_size"
+            raise nothing_left(where, tokens.num_tokens, key, self.report.size, tokens.num_learned)
 
 
 class PackedRows(Dataset[Sample]):
@@ -205,27 +220,30 @@ def pack_dataset(
     seed: int,
     shuffle: bool,
     bar: Callable[[], Progress] = _NoProgress,
+    bears_unlearned: bool = False,
 ) -> Any:
     """Pack a data set of samples into rows of ``cfg.packed_sequence_size`` tokens.
 
     ``shuffle`` shuffles the documents with ``seed`` first; ``bar`` makes a progress bar when the whole set is waited
     for. The first row is made at once, except by ``neat``, so that data that cannot be packed is refused here.
+    ``bears_unlearned`` leaves documents out that a cut to a row's length leaves nothing to learn of; otherwise they
+    end the run.
 
     Returns:
         ``PackedRows``, or ``PackedStream`` of an iterable data set; with ``cfg.prepacked`` the data set itself, once
         its first row is seen to be packed.
 
     Raises:
-        UserError: nothing fits, or a document is too long and is to be refused.
+        UserError: nothing fits, or a document is too long and is to be refused, or loses all that is learned.
     """
     if cfg.prepacked:
         _check_prepacked(dataset[0], cfg.packed_sequence_size)
         return dataset
     arrange = PrefixSharing(cfg.packed_sequence_size, shuffle) if cfg.share_prefix else None
     if isinstance(dataset, IterableDataset):
-        return PackedStream(dataset, cfg, pad_token_id, arrange)
+        return PackedStream(dataset, cfg, pad_token_id, arrange, bears_unlearned)
     order = _order(dataset, seed if shuffle else None, 1 if arrange is None else ARRANGE_WINDOW)
-    documents = Documents(row_tokens(dataset, order, cfg), order, cfg, arrange)
+    documents = Documents(row_tokens(dataset, order, cfg), order, cfg, arrange, bears_unlearned)
     packs = itertools.islice(strategy_of(cfg)(documents, cfg.packed_sequence_size), cfg.max_packs)
     packed = PackedRows(documents, packs, pad_token_id, bar)
     if cfg.packing_strategy != "neat":

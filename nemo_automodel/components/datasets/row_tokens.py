@@ -21,6 +21,7 @@ from nemo_automodel.components.datasets.content_key import is_ours, key_of_datas
 from nemo_automodel.components.datasets.llm.formatting import Sample
 from nemo_automodel.components.datasets.llm.tokenized_rows import TokenizedRows
 from nemo_automodel.components.datasets.mix import MixedRows
+from nemo_automodel.components.datasets.read_ahead import ReadAhead
 from nemo_automodel.components.datasets.rows import describe
 from nemo_automodel.components.datasets.token_cache import TokenizedRow, open_store
 from nemo_automodel.components.datasets.tokenize_workers import TokenizeWorkers
@@ -59,7 +60,7 @@ def row_tokens(dataset: Any, order: np.ndarray, cfg: PackedSequenceConfig, num_p
     if isinstance(dataset, MixedRows):
         return MixedTokens(dataset, order, cfg, num_proc)
     if isinstance(dataset, TokenizedRows) and is_ours(type(dataset)):
-        return StoredTokens(dataset, order, cfg.cache, num_proc)
+        return StoredTokens(dataset, order, cfg, num_proc)
     return OwnTokens(dataset, order)
 
 
@@ -68,17 +69,22 @@ class StoredTokens:
 
     is_in_files = True
 
-    def __init__(self, dataset: TokenizedRows[Any], order: np.ndarray, cache: bool | str, num_proc: int) -> None:
+    def __init__(
+        self, dataset: TokenizedRows[Any], order: np.ndarray, cfg: PackedSequenceConfig, num_proc: int
+    ) -> None:
         self._dataset, self._order, self._num_proc = dataset, order, num_proc
         key = key_of_dataset(dataset)
-        if key is None and cache is not False:
+        if key is None and cfg.cache is not False:
             logger.info("The tokens of this data set are not cached: something in it has no name for its content.")
-        self._store = open_store(key, len(dataset), cache)
+        self._store = open_store(key, len(dataset), cfg.cache, cfg.cache_days)
         self._owner = os.getpid()
         self._workers: TokenizeWorkers | None = None
+        self._ahead: ReadAhead | None = None
         self._num_at_start = -1
         self._is_closed = False
         self._work_if_nobody_does()
+        if len(self._store.missing(order)):  # after the workers were forked
+            self._ahead = ReadAhead(self._store)
 
     def where(self, row: int) -> str:
         """Return file and line, or data set and row."""
@@ -135,6 +141,8 @@ class StoredTokens:
     def close(self) -> None:
         """Stop the background processes and let others write."""
         if os.getpid() == self._owner and not self._is_closed:
+            if self._ahead is not None:
+                self._ahead.stop()
             self._store.refresh()
             if self._workers is not None:
                 self._workers.stop()

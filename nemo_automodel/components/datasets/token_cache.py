@@ -8,7 +8,8 @@ packing strategy do not.
 A chunk is written beside its place and renamed, so a file that is there is whole; it is mapped into memory, not read,
 so that several processes of a host share it. None is believed: a digest over key and content is checked first, and a
 file that fails is made anew. Only one process of a host writes, the one that holds the lock; what it has written stays
-when it is killed. The price is 8 bytes on disk for every token.
+when it is killed. The price is 8 bytes on disk for every token, until no run has used them for a month
+(``cache_expiry``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from nemo_automodel.components.datasets.cache_expiry import hold_store, remove_unused
 from nemo_automodel.shared.cache import cache_directory
 
 logger = logging.getLogger(__name__)
@@ -113,11 +116,14 @@ def _digest(key: str, body: bytes | memoryview) -> bytes:
 class TokenStore:
     """The rows of one key that are there, and the way to add more."""
 
-    def __init__(self, directory: Path, key: str, num_rows: int) -> None:
+    def __init__(self, directory: Path, key: str, num_rows: int, hold: IO[bytes] | None = None) -> None:
         self.directory, self.key, self.num_rows = directory, key, num_rows
+        self._hold = hold
+        """While it is open, here or in a process forked from this one, nobody removes the store."""
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
         """Ids and labels of each chunk."""
         self._seen: set[str] = set()
+        self._owner, self._is_refreshing = os.getpid(), threading.Lock()
         # for each row: the number of its chunk (-1: not there), where its tokens begin there, and the chunk's facts
         self._chunk_of, self._starts = np.full(num_rows, -1, np.int32), np.zeros(num_rows, np.int64)
         self._facts = np.zeros((num_rows, 4), np.int32)
@@ -143,10 +149,17 @@ class TokenStore:
         return found
 
     def refresh(self) -> None:
-        """Look for chunks that were added, by this process or another one.
+        """Look for chunks that were added, by this process or another one; threads of one process may.
 
         The holder of the lock removes a damaged one, so that it is made anew.
         """
+        if os.getpid() == self._owner:
+            with self._is_refreshing:
+                self._refresh()
+        else:
+            self._refresh()  # a forked process has one thread, and its copy of the lock may have been taken
+
+    def _refresh(self) -> None:
         names = {entry.name for entry in os.scandir(self.directory) if entry.name.endswith(".chunk")}
         for name in sorted(names - self._seen):
             path = self.directory / name
@@ -159,12 +172,15 @@ class TokenStore:
                     logger.warning("The token cache's file %s is damaged. Its rows are tokenised again.", path)
                     path.unlink()
                 continue
-            self._seen.add(name)
-            self._chunk_of[chunk.rows] = len(self._chunks)
             lengths = chunk.facts[:, 0]
-            self._starts[chunk.rows] = np.cumsum(lengths, dtype=np.int64) - lengths
-            self._facts[chunk.rows] = chunk.facts
+            starts = np.cumsum(lengths, dtype=np.int64) - lengths
+            # other threads read a row once it is said to be there, so that comes last, and nothing of it changes then
+            is_new = self._chunk_of[chunk.rows] < 0
+            rows = chunk.rows[is_new]
             self._chunks.append((chunk.ids, chunk.labels))
+            self._starts[rows], self._facts[rows] = starts[is_new], chunk.facts[is_new]
+            self._chunk_of[rows] = len(self._chunks) - 1
+            self._seen.add(name)
 
     def write(self, rows: Sequence[int], tokenized: Sequence[TokenizedRow]) -> None:
         """Add a chunk; it appears whole or not at all.
@@ -222,16 +238,17 @@ class TokenStore:
             self._lock = None
 
 
-def open_store(key: str | None, num_rows: int, cache: bool | str) -> TokenStore:
+def open_store(key: str | None, num_rows: int, cache: bool | str, days: int | None = None) -> TokenStore:
     """Open the store of a key; without one, or with ``cache`` false, in a directory that goes when the store does.
 
-    ``cache`` may name the directory of all stores. One line says how much is there.
+    ``cache`` may name the directory of all stores. One line says how much is there. Other stores that have not been
+    used for ``days`` days are removed.
     """
     if key is None or cache is False:
         return _private_store(num_rows)
     directory = (Path(cache).expanduser() if isinstance(cache, str) else tokens_directory()) / key
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        hold_of_store = hold_store(directory)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
@@ -240,8 +257,10 @@ def open_store(key: str | None, num_rows: int, cache: bool | str) -> TokenStore:
             "`packed_sequence.cache` to another directory, or to false.", directory, error.strerror
         )  # fmt: skip
         return _private_store(num_rows)
-    store = TokenStore(directory, key, num_rows)
+    store = TokenStore(directory, key, num_rows, hold_of_store)
     store.refresh()
+    if days is not None:
+        remove_unused(directory.parent, days)
     found = store.num_there
     what = "has none" if found == 0 else "has all" if found == num_rows else f"has {found:,}"
     logger.info("Token cache %s %s of the %s rows.", directory, what, f"{num_rows:,}")

@@ -19,6 +19,7 @@ from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode, to_callable
 from nemo_automodel.components.datasets.config import DataloaderConfig, PackedSequenceConfig
+from nemo_automodel.components.datasets.llm.sample_stream import bear_unlearned
 from nemo_automodel.components.datasets.loader import ResumableDataLoader, build_dataloader, shuffles
 from nemo_automodel.components.datasets.mix import MixedSet
 from nemo_automodel.components.datasets.mix_stream import mix
@@ -50,6 +51,8 @@ class TextData:
         self.mesh = mesh
         self.model_path = model_path
         self._packs_training = settings.packed_sequence.packed_sequence_size > 0
+        # without the gate there is no share to bear, and a row that teaches nothing is as wrong as before
+        self._bears_unlearned = settings.data_check is not None and settings.data_check.max_unlearned_share > 0
         self.train_source: Any = None
         """The training set before packing, once its loader is built."""
 
@@ -113,6 +116,12 @@ class TextData:
     def _dataset(self, node: ConfigNode, tokenizer: PreTrainedTokenizerBase | None) -> Any:
         if "mix" in node:
             return self._mixture(node, tokenizer)
+        dataset = self._single_set(node, tokenizer)
+        if self._bears_unlearned:
+            bear_unlearned(dataset)
+        return dataset
+
+    def _single_set(self, node: ConfigNode, tokenizer: PreTrainedTokenizerBase | None) -> Any:
         if not _takes_tokenizer(node):
             return node.instantiate()
         own = node.get("tokenizer")
@@ -137,6 +146,7 @@ class TextData:
             seed=self.settings.seed,
             shuffle=shuffle,
             bar=lambda: Bar("Packing", None),
+            bears_unlearned=self._bears_unlearned,
         )
 
     def _loader(self, dataset: Any, cfg: DataloaderConfig, section: str, is_training: bool) -> ResumableDataLoader:

@@ -147,6 +147,13 @@ def as_stream(dataset: TokenizedRows[Any], repeats: bool = False) -> Stream[Samp
     return SampleStream(dataset, repeats)
 
 
+def bear_unlearned(dataset: Any) -> None:
+    """Let rows of a set of our own, streamed or not, lose their whole answer without ending the run."""
+    rows = dataset.dataset if isinstance(dataset, SampleStream | HubSampleStream) else dataset
+    if isinstance(rows, TokenizedRows):
+        rows.bears_unlearned = True
+
+
 class Streamable:
     """A base of set classes with a ``streaming`` keyword: with it true, a call of the class returns a stream.
 

@@ -14,11 +14,21 @@ from torch.utils.data import Dataset
 
 from nemo_automodel.components.datasets.llm.formatting import Encoded, Layout, Sample
 from nemo_automodel.components.datasets.rows import Row, Rows
+from nemo_automodel.shared.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 EncoderItem = TypeVar("EncoderItem", contravariant=True)
+
+
+def nothing_left(where: str, num_tokens: int, key: str, limit: int | None, num_learned: int) -> UserError:
+    """Return the error of a row of which a cut to ``limit`` positions, set by ``key``, leaves nothing to learn."""
+    return UserError(
+        f"{where} has {num_tokens:,} tokens, and `{key}: {limit}` cuts off all {num_learned:,} learned ones, so it "
+        f"teaches nothing. Raise `{key}`, shorten or remove the row, or bear such rows with "
+        "`data_check.max_unlearned_share`."
+    )
 
 
 class Encoder(Protocol[EncoderItem]):
@@ -31,13 +41,16 @@ class Encoder(Protocol[EncoderItem]):
 class TokenizedRows(Dataset[Sample], Generic[Item]):
     """Rows → items → tokens → samples, on demand.
 
-    A row whose learned tokens are all cut off by ``truncation`` stays in place with every label at -100: it adds
-    nothing to loss or gradient. Such rows, and rows that lose part of their answer, are counted in
-    ``num_unlearned_rows`` and ``num_cut_rows`` and told in a warning at 1, 10, 100, … of them.
+    A row whose learned tokens are all cut off by ``truncation`` is refused when it is asked for, wherever that is.
+    With ``bears_unlearned`` or ``skips_invalid`` it stays in place with every label at -100 and adds nothing to loss or
+    gradient. Such rows, and rows that lose part of their answer, are counted in ``num_unlearned_rows`` and
+    ``num_cut_rows`` and told in a warning at 1, 10, 100, … of them.
     """
 
     skips_invalid = False
     """Rows that cannot be used teach nothing instead of ending the run."""
+    bears_unlearned = False
+    """Rows that lose their whole answer teach nothing instead of ending the run."""
 
     def __init__(self, rows: Rows, to_item: Callable[[Row, str], Item], encoder: Encoder[Item], layout: Layout) -> None:
         self.rows, self.layout = rows, layout
@@ -74,10 +87,18 @@ class TokenizedRows(Dataset[Sample], Generic[Item]):
         return encoded
 
     def count_cut(self, index: int, num_tokens: int, num_kept: int, num_cut: int) -> None:
-        """Count a row of ``num_tokens`` that loses learned tokens, ``num_cut`` beside the ``num_kept`` that stay."""
+        """Count a row of ``num_tokens`` that loses learned tokens, ``num_cut`` beside the ``num_kept`` that stay.
+
+        Raises:
+            UserError: none stays, and such rows are not to be borne.
+        """
         if num_cut == 0:
             return
         if num_kept == 0:
+            if not (self.skips_invalid or self.bears_unlearned):
+                raise nothing_left(
+                    self.rows.where(index), num_tokens, "dataset.seq_length", self.layout.seq_length, num_cut
+                )
             self.num_unlearned_rows += 1
             count, what = self.num_unlearned_rows, "loses its whole answer and teaches nothing"
         else:
