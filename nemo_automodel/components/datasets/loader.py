@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import multiprocessing
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -24,10 +24,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nemo_automodel.components.datasets.config import DataloaderConfig
 from nemo_automodel.components.datasets.llm.tokenized_rows import TokenizedRows
-from nemo_automodel.components.datasets.mix import MixedRows
+from nemo_automodel.components.datasets.mix import MixedRows, samples_at
 from nemo_automodel.components.datasets.packed_rows import PackedRows
 from nemo_automodel.components.datasets.packed_stream import PackedStream
 from nemo_automodel.components.datasets.streaming import IndexedStream, Stream
+from nemo_automodel.components.datasets.worker_faults import WorkerWatch, leave_signals_to_parent, message_of_worker
 from nemo_automodel.shared.errors import NotSupportedYetError, UserError
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ logger = logging.getLogger(__name__)
 # rows sorted together by group_by_length, in batches: long enough to find equals, short enough to stay shuffled
 _BATCHES_SORTED_TOGETHER = 50
 _LENGTHS_AT_ONCE = 1000
-# what a worker makes of an error: its whole traceback, with the message at the end
-_OF_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n.*\n[\w.]+Error: (.*)", re.DOTALL)
+_END = object()
+"""Stands for an item where there is none left."""
 
 
 def shuffles(cfg: DataloaderConfig, is_training: bool) -> bool:
@@ -72,18 +73,20 @@ def build_dataloader(
         "pin_memory": cfg.pin_memory and torch.cuda.is_available(),
         "persistent_workers": cfg.persistent_workers,
         "prefetch_factor": cfg.prefetch_factor,
+        "worker_init_fn": leave_signals_to_parent if cfg.num_workers > 0 else None,
         # without a generator of its own, every start of an iteration would draw from the one that dropout uses
         "generator": torch.Generator().manual_seed(seed),
     }
     batch_size = local_batch_size if cfg.batch_size == "local" else cfg.batch_size
     assert batch_size is None or isinstance(batch_size, int)
+    section = "dataloader" if is_training else "validation_dataloader"
     if isinstance(dataset, IterableDataset):
         _configure_stream(dataset, cfg, seed, is_training, num_replicas, replica)
         stream_collate = None if batch_size is None else collate_fn
         options |= {"batch_size": batch_size, "collate_fn": stream_collate}
         if batch_size is not None:
             options["drop_last"] = cfg.drop_last
-        return ResumableDataLoader(dataset, None, options)
+        return ResumableDataLoader(dataset, None, options, section, cfg.timeout)
     if cfg.num_workers > 0 and isinstance(dataset, PackedRows):
         dataset.finish_before_fork()
     # packed rows all have one length
@@ -99,7 +102,7 @@ def build_dataloader(
         mixture=dataset if isinstance(dataset, MixedRows) else None,
     )
     options |= {"batch_sampler": sampler, "collate_fn": _only_item if batch_size is None else collate_fn}
-    return ResumableDataLoader(dataset, sampler, options)
+    return ResumableDataLoader(dataset, sampler, options, section, cfg.timeout)
 
 
 def _configure_stream(
@@ -136,6 +139,15 @@ def _lengths(dataset: Any) -> list[int]:
     for start in range(0, len(dataset), _LENGTHS_AT_ONCE):
         found += dataset.lengths(range(start, min(start + _LENGTHS_AT_ONCE, len(dataset))))
     return found
+
+
+def _place_of(dataset: Any, row: int) -> str:
+    """Name a row by its file and line, where the data set can tell without making it."""
+    if isinstance(dataset, TokenizedRows):
+        return dataset.rows.where(row)
+    if isinstance(dataset, MixedRows):
+        return dataset.where(row)
+    return f"row {row + 1:,}"
 
 
 class GrowingRows(Protocol):
@@ -231,6 +243,15 @@ class EpochBatchSampler(Sampler[list[int]]):
             yield list(mine) if order is None else order[mine].tolist()
             start += self.piece
 
+    def batch_at(self, epoch: int, start: int) -> list[int]:
+        """Return the rows of the batch that begins after ``start`` rows of an epoch; none where it ends there."""
+        kept = self.epoch, self.start
+        self.epoch, self.start = epoch, start
+        try:
+            return next(iter(self), [])
+        finally:
+            self.epoch, self.start = kept
+
     def _order(self) -> np.ndarray | None:
         """Return the rows of the epoch in order; None: as they are numbered."""
         if isinstance(self.rows, PackedRows) and self.epoch == 0:
@@ -260,12 +281,34 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     Each iteration begins at the start of the epoch set by ``set_epoch``; only the first one after ``load_state_dict``
     goes on where the state was taken, which may be the end of that epoch: then it yields nothing.
+
+    ``look_ahead`` shows the item that comes next. It is drawn then and kept for the iteration; the state stays that of
+    the place before it until it is handed out.
     """
 
-    def __init__(self, dataset: Any, sampler: EpochBatchSampler | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: EpochBatchSampler | None,
+        options: dict[str, Any],
+        section: str = "dataloader",
+        timeout_s: float = 0.0,
+    ) -> None:
+        self.section = section
+        """Of the settings, for messages."""
+        self._timeout_s = timeout_s
+        self.watch = WorkerWatch([], timeout_s)
+        """Over the processes of the iteration under way."""
         self._rows, self.epoch = sampler, 0
         self._start, self._num_batches, self._is_finished = 0, 0, False
         self._has_begun, self._resumes = False, False
+        self._live: Iterator[Any] | None = None
+        """What is being iterated over."""
+        self._is_waiting = False
+        """``look_ahead`` began the iteration, and nobody has asked for it yet."""
+        self._ahead: list[Any] = []
+        """The one item that was drawn and not handed out."""
+        self._state_before: dict[str, Any] | None = None
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
@@ -276,6 +319,7 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         if epoch != self.epoch:
             self._start, self._num_batches, self._is_finished = 0, 0, False
             self._has_begun, self._resumes = False, False
+            self._forget_ahead()
             self.next_iter_state = None
         self.epoch = epoch
         if self._rows is not None:
@@ -308,23 +352,111 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         return sum(share // size if self.drop_last else math.ceil(share / size) for share in shares)
 
     def __iter__(self) -> Iterator[Any]:
+        if not self._is_waiting:
+            self._live = self._begin()
+        self._is_waiting = False
+        live, watch = self._live, self.watch
+        assert live is not None
+        try:
+            while (item := self._ahead.pop() if self._ahead else self._draw(live)) is not _END:
+                self._state_before = None
+                self._num_batches += 1
+                yield item
+        finally:
+            watch.end()
+        self._forget_ahead()  # workers end with the iteration
+        self._is_finished = True
+
+    def _begin(self) -> Iterator[Any]:
+        """Return the items from the place where the loader stands."""
+        self._forget_ahead()
         if not self._resumes:
             self._start, self._num_batches, self._is_finished = 0, 0, False
         self._has_begun, self._resumes = True, False
         if self._is_finished:
-            return
+            return iter(())
         if self._rows is not None:
             self._rows.start = self._start
+        others = set(multiprocessing.active_children())
         try:
-            for batch in super().__iter__():
-                self._num_batches += 1
-                yield batch
+            items: Iterator[Any] = super().__iter__()
+        finally:  # also what an error on the way leaves behind
+            workers = [process for process in multiprocessing.active_children() if process not in others]
+            if self.persistent_workers and not workers:
+                workers = self.watch.workers
+            self.watch = WorkerWatch(sorted(workers, key=lambda process: process.pid or 0), self._timeout_s)
+        return items
+
+    def _draw(self, items: Iterator[Any]) -> Any:
+        """Return the next item, ``_END`` after the last one."""
+        try:
+            with self.watch.waiting():
+                return next(items, _END)
         except UserError as error:
-            found = _OF_WORKER.fullmatch(str(error))
-            if found is None:
+            told = message_of_worker(str(error))
+            if told is None:
                 raise
-            raise UserError(found[1].strip()) from error
-        self._is_finished = True
+            raise type(error)(told) from error
+
+    def next_worker(self) -> int | None:
+        """Return the number of the worker whose turn it is, None of streams, where one may have ended before."""
+        if self._rows is None or not self.watch.workers:
+            return None
+        return (self._num_batches + len(self._ahead)) % len(self.watch.workers)
+
+    def next_rows(self) -> str:
+        """Name the rows of the batch that comes next; nothing where they have no numbers."""
+        if self._rows is None:
+            return ""
+        numbers = self._rows.batch_at(self.epoch, self._num_done + len(self._ahead) * self._rows.piece)
+        if not numbers:
+            return ""
+        more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        return f"{_place_of(self.dataset, numbers[0])}{more}"
+
+    def _forget_ahead(self) -> None:
+        self._live, self._is_waiting, self._ahead, self._state_before = None, False, [], None
+        self.watch.end()
+
+    def look_ahead(self, may_draw: bool = True) -> tuple[Any, list[int] | None] | None:
+        """Return the item that comes next and the numbers of its rows (None: they have none), without moving.
+
+        At the end of an epoch it is the first one of the next epoch; of a stream, whose next epoch can only be known by
+        reading it, there is none then. With ``may_draw`` false workers are not waited for: rows with numbers are made
+        here, and of a stream there is none.
+        """
+        numbers = None
+        if self._rows is not None:
+            numbers = self._rows.batch_at(self.epoch, self._num_done)
+            if not numbers or not (may_draw or self._ahead):
+                numbers = numbers or self._rows.batch_at(self.epoch + 1, 0)
+                return self.collate_fn(samples_at(self.dataset, numbers)), numbers
+        if not self._ahead:
+            if not may_draw:
+                return None
+            before = self.state_dict()
+            if self._live is None:
+                self._live, self._is_waiting = self._begin(), True
+            self._ahead, self._state_before = [self._draw(self._live)], before
+        return None if self._ahead[0] is _END else (self._ahead[0], numbers)
+
+    def num_items_done(self) -> int | None:
+        """Return how many items of the epoch were handed out; None of streams, and after another batch size."""
+        if self._rows is None or self._num_done % self._rows.piece:
+            return None
+        return self._num_done // self._rows.piece
+
+    def num_items_left(self) -> int | None:
+        """Return how many items of the epoch will come, waiting for rows that are being made; None of streams."""
+        if self._rows is None:
+            return None
+        return -(-max(self._rows.num_used - self._num_done, 0) // self._rows.piece)
+
+    @property
+    def _num_done(self) -> int:
+        """Rows handed out in this epoch over all replicas."""
+        assert self._rows is not None
+        return self._start + self._num_batches * self._rows.piece
 
     def peek(self, num_batches: int) -> list[list[int]] | None:
         """Return the row numbers of the epoch's first micro-batches, without moving.
@@ -339,10 +471,13 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place: epoch, rows handed out over all replicas (or the stream's own state)."""
+        if self._state_before is not None:
+            return self._state_before
         state: dict[str, Any] = {"epoch": self.epoch, "is_finished": self._is_finished}
         if self._rows is None:
-            return {**state, "stream": super().state_dict() if self._has_begun else self.next_iter_state or {}}
-        done = self._start + self._num_batches * self._rows.piece
+            stream = super().state_dict() if self._has_begun else self.next_iter_state or {}
+            return {**state, "num_workers": self.num_workers, "stream": stream}
+        done = self._num_done
         if not self._rows.rows.is_complete:
             return {**state, "num_rows_done": done, "num_rows": None}
         return {**state, "num_rows_done": min(done, self._rows.num_used), "num_rows": len(self._rows.rows)}
@@ -351,9 +486,16 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         """Go to a place at the next iteration.
 
         Raises:
-            UserError: the data set has another number of rows than when the state was taken.
+            UserError: the data set has another number of rows than when the state was taken, or the stream another
+                number of workers.
         """
+        if self._rows is None and state.get("num_workers", self.num_workers) != self.num_workers:
+            raise UserError(
+                f"`{self.section}.num_workers` is {self.num_workers}, but each of {state['num_workers']} workers kept "
+                f"its own place in the stream. Go on with --{self.section}.num_workers {state['num_workers']}"
+            )
         self.set_epoch(state["epoch"])
+        self._forget_ahead()
         self._is_finished, self._has_begun, self._resumes = state["is_finished"], False, True
         if self._rows is None:
             self.next_iter_state = None
