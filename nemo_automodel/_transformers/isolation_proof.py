@@ -18,6 +18,7 @@ generator of their own, so neither loaders nor random numbers of the run move.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -155,7 +156,7 @@ def prove_isolation(forward: LabelledForward, pack: Packer, row_len: int, prefix
 def _tolerance(noise: float, leak: float, dtype: torch.dtype) -> float:
     """Return the largest difference that is not taken for a leak; all are relative to the spread of the logits."""
     noise = max(noise, torch.finfo(dtype).eps / 4)  # logits are rounded at the end at least
-    return noise * max(_NOISE_FACTOR, (leak / noise) ** _WAY_TO_LEAK)
+    return noise * max(_NOISE_FACTOR, math.pow(leak / noise, _WAY_TO_LEAK))
 
 
 def _precision(model: PreTrainedModel) -> torch.dtype:

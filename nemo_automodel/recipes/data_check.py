@@ -172,11 +172,10 @@ def _cut(document: DocumentView, size: int) -> DocumentView:
         return document
     labels = document.labels[:size]
     num_lost = document.num_learned - sum(label != IGNORE_INDEX for label in labels)
+    kept = replace(document, input_ids=document.input_ids[:size], labels=labels)
     return replace(
-        document,
-        input_ids=document.input_ids[:size],
-        labels=labels,
-        cut_ids=[*document.ids[size + 1 :], *document.cut_ids],
+        kept,
+        cut_ids=[*document.ids[len(kept.ids) :], *document.cut_ids],
         num_learned_cut=document.num_learned_cut + num_lost,
         cut_by="packed_sequence.packed_sequence_size",
     )

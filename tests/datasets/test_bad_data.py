@@ -245,7 +245,7 @@ ROWS: dict[str, Fault] = {
     "an answer that is cut off": Fault(
         [GOOD, LONG],
         {**TABLE, "seq_length": 32, "truncation": True},
-        "data.jsonl line 2 has 363 tokens, and `dataset.seq_length` cuts off all 2 learned ones, so it teaches nothing "
+        "data.jsonl line 2 has 364 tokens, and `dataset.seq_length` cuts off all 2 learned ones, so it teaches nothing "
         "(1 of 2 rows looked at). Raise `dataset.seq_length`, shorten the row, or bear a share of such rows with "
         "`data_check.max_unlearned_share`.",
     ),
@@ -266,7 +266,7 @@ ROWS: dict[str, Fault] = {
     "longer than the pack, cut": Fault(
         [GOOD, LONG],
         TABLE,
-        "data.jsonl line 2 has 363 tokens, and `packed_sequence.packed_sequence_size: 64` cuts off all 2 learned ones, "
+        "data.jsonl line 2 has 364 tokens, and `packed_sequence.packed_sequence_size: 64` cuts off all 2 learned ones, "
         "so it teaches nothing. Raise `packed_sequence.packed_sequence_size`, shorten or remove the row, or bear such "
         "rows with `data_check.max_unlearned_share`.",
         more={"packed_sequence": {"packed_sequence_size": 64, "on_long": "truncate"}},

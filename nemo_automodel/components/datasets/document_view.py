@@ -127,7 +127,8 @@ def _of_tokenized_rows(dataset: TokenizedRows[Any], indices: Sequence[int]) -> l
         found.append(
             replace(
                 document,
-                cut_ids=[] if limit is None else encoded.ids[limit:],
+                # the first of them may be one that would only be a label, and is none
+                cut_ids=[] if limit is None or len(encoded.ids) <= limit else encoded.ids[len(document.ids) :],
                 num_learned_cut=num_cut,
                 is_skipped=dataset.skips_invalid and (not encoded.learned or (num_cut > 0 and num_kept == 0)),
                 row_id=None if row_id is None else str(row_id),

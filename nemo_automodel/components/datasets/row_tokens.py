@@ -96,16 +96,16 @@ class StoredTokens:
             self._store.refresh()
             if row in self._store:
                 break
-            self._wait(is_working)
+            self._wait(row, is_working)
         return self._store[row]
 
-    def _wait(self, is_working: bool) -> None:
+    def _wait(self, row: int, is_working: bool) -> None:
         if os.getpid() != self._owner or self._is_closed:
             raise UserError(
                 f"Tokenised rows are gone from {self._store.directory} while the run needs them. Start it again."
             )
         if self._workers is not None:
-            self._workers.check()
+            self._workers.check(row)
             if not is_working:  # and yet a row is missing: a chunk was damaged on its way
                 self._workers = None
         if self._workers is None:

@@ -40,6 +40,9 @@ class TokenizeWorkers:
     def __init__(self, dataset: TokenizedRows[Any], store: TokenStore, rows: np.ndarray, num_proc: int) -> None:
         pieces = _pieces(rows)
         self.num_proc = min(num_proc, len(pieces))
+        self._process_of = np.full(store.num_rows, -1, np.int16)
+        for number, piece in enumerate(pieces):
+            self._process_of[piece] = number % self.num_proc
         self._processes: list[tuple[ForkProcess, Connection]] = []
         context = multiprocessing.get_context("fork")
         before = os.environ.get(_PARALLELISM)
@@ -70,25 +73,30 @@ class TokenizeWorkers:
         """Tell whether a process is at work."""
         return any(process.is_alive() for process, _ in self._processes)
 
-    def check(self) -> None:
-        """Refuse to go on without a process that failed.
+    def check(self, row: int) -> None:
+        """Refuse to wait for a row whose process failed.
+
+        What another process found wrong comes up when its own row is needed: so it is always the first fault in order
+        that ends a run, whichever process is faster.
 
         Raises:
             UserError: what the process found wrong with a row, or that it was killed.
             RuntimeError: it failed through a defect; it has printed where.
         """
-        for process, receiver in self._processes:
-            if process.is_alive() or process.exitcode == 0:
-                continue
-            if message := _message(receiver):
-                raise UserError(message)
-            if process.exitcode is not None and process.exitcode < 0:
-                name = signal.Signals(-process.exitcode).name
-                raise UserError(
-                    f"A process that tokenises rows was killed ({name}), often because memory ran out. Lower "
-                    f"`packed_sequence.num_proc` from {self.num_proc}; what is in the token cache is kept."
-                )
-            raise RuntimeError(f"A process that tokenises rows failed (exit status {process.exitcode}).")
+        if self._process_of[row] < 0:
+            return
+        process, receiver = self._processes[self._process_of[row]]
+        if process.is_alive() or process.exitcode == 0:
+            return
+        if message := _message(receiver):
+            raise UserError(message)
+        if process.exitcode is not None and process.exitcode < 0:
+            name = signal.Signals(-process.exitcode).name
+            raise UserError(
+                f"A process that tokenises rows was killed ({name}), often because memory ran out. Lower "
+                f"`packed_sequence.num_proc` from {self.num_proc}; what is in the token cache is kept."
+            )
+        raise RuntimeError(f"A process that tokenises rows failed (exit status {process.exitcode}).")
 
     def stop(self) -> None:
         """End all processes and wait for them."""
