@@ -134,6 +134,7 @@ def test_a_run_of_another_machine_is_chosen_anew(measures, caplog):
     ]
     same_machine = replace(table, entries=tuple(flipped))
     assert choose(model, same_machine.to_json()).names() == same_machine.names() != table.names()
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert choose(model, replace(other, entries=tuple(flipped)).to_json()).names() == table.names()
     assert caplog.messages[0] == (
