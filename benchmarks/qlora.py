@@ -87,6 +87,7 @@ def main() -> int:
     )
     parser.add_argument("--grad-accum", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--loss-rows", type=int, default=linear_ce.CHUNK_ROWS, help="rows of a chunk of logits")
+    parser.add_argument("--embeddings-on-host", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--skip-checks", action="store_true", help="only time steps")
@@ -246,12 +247,15 @@ def in_fp32(model: nn.Module) -> nn.Module:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def build(config: Any, recompute: str, store: str, device: str, dtype: torch.dtype, fast: str = "on") -> Any:
+def build(
+    config: Any, recompute: str, store: str, device: str, dtype: torch.dtype, fast: str = "on", on_host: bool = False
+) -> Any:
     return NeMoAutoModelForCausalLM.from_config(
         config,
         torch_dtype=dtype,
         device=device,
         fast_layers=fast,
+        embeddings_on_host=on_host,
         activation_checkpointing=recompute,
         quantization_config=QuantizationConfig(
             load_in_4bit=True,
@@ -291,7 +295,8 @@ def _time_case(text: str, case: Case, args: argparse.Namespace) -> dict[str, Any
     seq_len = 32 if args.small else case.seq_len
     peak_gib(device)
     started = time.perf_counter()
-    model = build(config, case.recompute, case.store, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = build(config, case.recompute, case.store, device, dtype, on_host=args.embeddings_on_host)
     synchronize(device)
     build_s, build_peak = time.perf_counter() - started, peak_gib(device)
     built = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0
