@@ -251,14 +251,14 @@ def in_fp32(model: nn.Module) -> nn.Module:
 
 
 def build(
-    config: Any, recompute: str, store: str, device: str, dtype: torch.dtype, fast: str = "on", on_host: bool = False
+    config: Any, recompute: str, store: str, device: str, dtype: torch.dtype, fast: str = "on", **more: Any
 ) -> Any:
     return NeMoAutoModelForCausalLM.from_config(
         config,
         torch_dtype=dtype,
         device=device,
         fast_layers=fast,
-        embeddings_on_host=on_host,
+        **more,
         activation_checkpointing=recompute,
         quantization_config=QuantizationConfig(
             load_in_4bit=True,
@@ -299,7 +299,8 @@ def _time_case(text: str, case: Case, args: argparse.Namespace) -> dict[str, Any
     peak_gib(device)
     started = time.perf_counter()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = build(config, case.recompute, case.store, device, dtype, on_host=args.embeddings_on_host)
+    more = {"embeddings_on_host": args.embeddings_on_host, "row_shape": (case.rows, seq_len)}
+    model = build(config, case.recompute, case.store, device, dtype, **more)
     synchronize(device)
     build_s, build_peak = time.perf_counter() - started, peak_gib(device)
     built = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0
