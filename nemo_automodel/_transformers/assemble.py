@@ -6,8 +6,9 @@
 3. put adapters on whatever linear layers are there, packed or not;
 4. move to the device, unless the weights were read straight onto it;
 5. put fast decoder layers in where they apply (`fast_layers`), which recompute activations themselves;
-6. have other layers recompute activations in the backward pass;
-7. compile.
+6. take the embedding to the host if asked;
+7. have other layers recompute activations in the backward pass;
+8. compile.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_automodel._transformers import quantized_load
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
+from nemo_automodel._transformers.host_embedding import keep_on_host
 from nemo_automodel._transformers.kernel_choice import KernelRequest
 from nemo_automodel._transformers.model_source import readable_errors
 from nemo_automodel._transformers.options import FREEZE_KEYS, Quantization
@@ -61,6 +63,7 @@ class AssemblyPlan:
     asks_attention: bool = False
     """The user named the attention implementation."""
     fast_layers: str = "auto"
+    embeddings_on_host: bool = False
     force_hf: bool = False
     autocast_dtype: str | None = None
     kernels: KernelRequest = field(default_factory=KernelRequest)
@@ -88,6 +91,8 @@ def assemble(plan: AssemblyPlan) -> PreTrainedModel:
     if plan.quantization is None:  # packed weights are already there, and some refuse to move
         model.to(plan.device)  # type: ignore[arg-type]
     is_fast = use_fast_layers(model, _fast_request(plan))
+    if plan.embeddings_on_host:
+        keep_on_host(model, plan.device)
     if plan.activation_checkpointing != "none" and not is_fast:
         recompute_activations(model, plan.activation_checkpointing)
     _compile(model, plan.compile, plan.compile_layers)

@@ -31,6 +31,7 @@ from nemo_automodel.components.fast.dispatch import (
     default_table,
 )
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
+from nemo_automodel.components.quantization.linear4bit import Linear4bit
 from nemo_automodel.kernels.jit import HAS_TRITON
 from nemo_automodel.shared.cache import cache_directory
 from nemo_automodel.shared.errors import UserError
@@ -155,7 +156,8 @@ def _obstacle(model: PreTrainedModel, layer: nn.Module) -> str | None:
     """Return why nothing is measured."""
     if model.device.type != "cuda":
         return f"default, the model is on the {model.device.type}"
-    packed = [m for m in layer.modules() if isinstance(m, nn.Linear) and not m.weight.is_floating_point()]
+    linears = [m for m in layer.modules() if isinstance(m, nn.Linear) and not isinstance(m, Linear4bit)]
+    packed = [m for m in linears if not m.weight.is_floating_point()]
     return "default, packed weights are not measured" if packed else None
 
 

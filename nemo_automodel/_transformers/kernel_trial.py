@@ -29,14 +29,16 @@ from nemo_automodel.components.fast.decoder_layer import DecoderCore, causal_att
 from nemo_automodel.components.fast.dispatch import Candidate, Question, UnavailableError
 from nemo_automodel.components.fast.names import Adapter
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
+from nemo_automodel.components.quantization.linear4bit import Linear4bit
 from nemo_automodel.kernels.jit import HAS_TRITON
+from nemo_automodel.kernels.nf4 import quantize
 
 _CHECKED_POSITIONS = 256
 _INPUT_SIZE = 0.05
 _TOLERANCES = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-6, torch.float64: 1e-6}
 """Accepted `distance` to fp32 of the output and each gradient, beyond that of Transformers' layer in that dtype."""
 _PACKED_TOLERANCE = 5e-2
-"""The same where the base has 8 bits or fewer: its rounding is no fault of a kernel."""
+"""The same where products are of 8 bits: their rounding is no fault of a kernel."""
 
 
 class LayerTrial:
@@ -50,7 +52,7 @@ class LayerTrial:
 
     def question(self, operation: str, chosen: Choices, subject: str) -> Question:
         """Return the question about one operation, the others being as in ``chosen``."""
-        tolerance = _TOLERANCES[self.dtype] if self.store is DenseStore else _PACKED_TOLERANCE
+        tolerance = _TOLERANCES[self.dtype] if issubclass(self.store, DenseStore) else _PACKED_TOLERANCE
         if operation == "attention":
             names = {name: self._attention(name) for name in KERNELS[operation]}
             return Question(operation, subject, DEFAULT.attention, names, _TOLERANCES[self.dtype])
@@ -63,7 +65,7 @@ class LayerTrial:
             return True
         has_down = isinstance(self._layer.get_submodule("mlp.down_proj"), LinearLoRA)
         if operation == "down_in_depth":
-            return has_down and self.store is DenseStore
+            return has_down and issubclass(self.store, DenseStore)
         return has_down or any(
             isinstance(self._layer.get_submodule(f"mlp.{name}_proj"), LinearLoRA) for name in ("gate", "up")
         )
@@ -82,12 +84,16 @@ class LayerTrial:
 
     @cached_property
     def _scratch(self) -> nn.Module:
-        """A layer of the same class with random weights and adapters that matter."""
+        """A layer of the same class with random weights, packed where those are, and adapters that matter."""
         config = self._layer.self_attn.config  # type: ignore[union-attr]
         with torch.device(self.device):
             made: nn.Module = type(self._layer)(config, 0)
         made.to(self.dtype).requires_grad_(False)
         for name, linear in self._layer.named_modules():
+            if isinstance(linear, Linear4bit):
+                own: Any = made.get_submodule(name)
+                packed = quantize(own.weight, linear.packed.quant_type, linear.packed.is_nested)
+                Linear4bit.pack(own, packed, linear.compute_dtype, linear.weight.dtype)
             if isinstance(linear, LinearLoRA):
                 cfg = replace(linear.peft_config, dim=linear.lora_A.out_features, dropout=0.0)
                 twin = LinearLoRA.attach(made.get_submodule(name), cfg)  # type: ignore[arg-type]
@@ -107,6 +113,9 @@ class LayerTrial:
 
     def _by_transformers(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         layer = copy.deepcopy(self._scratch).to(dtype)
+        for module in layer.modules():
+            if isinstance(module, Linear4bit):
+                module.compute_dtype = dtype
         x, dy = self._inputs(self._short_shape)
         leaf = x.to(dtype).requires_grad_()
         tables = tuple(t.to(dtype) for t in self._tables(x))

@@ -56,6 +56,7 @@ class ModelOptions:
     sdpa_method: Any = None
     force_hf: bool = False
     fast_layers: str | bool = "auto"
+    embeddings_on_host: bool = False
     autocast_dtype: str | None = None
     kernels: KernelWishes | str | dict[str, Any] | None = None
     kernel_record: dict[str, Any] | None = None

@@ -302,6 +302,7 @@ def _nf4_kernel(
     scale_ptr,
     out_ptr,
     num_numbers,
+    num_bytes,
     num_cols,
     out_row,
     IS_NESTED: tl.constexpr,
@@ -314,7 +315,7 @@ def _nf4_kernel(
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     tops = _magnitudes(absmax_ptr, nested_ptr, map_ptr, offset_ptr, blocks, blocks * SIZE < num_numbers, IS_NESTED)
     at = blocks[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
-    upper, lower = _two_numbers(tl.load(codes_ptr + at, mask=at * 2 < num_numbers, other=0), values_ptr)
+    upper, lower = _two_numbers(tl.load(codes_ptr + at, mask=at < num_bytes, other=0), values_ptr)
     upper, lower = upper * tops[:, None], lower * tops[:, None]
     if HAS_SCALE and IS_ALIGNED:
         rows = blocks * SIZE // num_cols
@@ -390,6 +391,7 @@ def dequantize_triton(packed: Packed, out_NK: torch.Tensor, scale_N: torch.Tenso
         *_pointers(packed, scale_N),
         out_NK,
         num_rows * num_cols,
+        packed.codes.numel(),
         num_cols,
         out_NK.stride(0),
         IS_NESTED=packed.is_nested,

@@ -132,6 +132,8 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
         seq_len=int(length),
         grad_accum=max(1, schedule.global_batch_size // max(1, schedule.local_batch_size)),
         store=_store(settings),
+        computes_in_fp8=settings.quantization is not None and settings.quantization.compute_in_fp8,
+        embeddings_on_host=found.options.embeddings_on_host,
         weight_bytes=found.dtype.itemsize,
         trainable_bytes=trainable_bytes,
         state_bytes=_state_bytes(settings, trainable_bytes, notes),

@@ -126,6 +126,7 @@ _COMMON_MODEL_KEYS = (
     "attn_implementation",
     "backend",
     "cache_dir",
+    "embeddings_on_host",
     "fast_layers",
     "has_packed_sequence",
     "kernels",
@@ -311,6 +312,8 @@ def check_model(node: ConfigNode, notices: list[str]) -> ConfigNode:
     for key in ("torch_dtype", "dtype"):
         if node.get(key) not in (None, "auto"):
             check_dtype(node[key], f"model.{key}")
+    if node.get("embeddings_on_host") not in (None, True, False):
+        raise ConfigError(f"`model.embeddings_on_host: {node['embeddings_on_host']}` is not known. Use true or false.")
     if "fast_layers" in node:
         parse_fast_layers(node["fast_layers"], node.get("force_hf") is True)
     if "kernels" in node:

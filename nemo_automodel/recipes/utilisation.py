@@ -20,7 +20,8 @@ class Utilisation:
     def __init__(self, model: PreTrainedModel, settings: RunSettings, device: torch.device) -> None:
         self._model = model
         self._policy = settings.distributed.recompute_policy()
-        with_fp8 = settings.config.get("fp8.enabled") is True
+        packed = settings.quantization
+        with_fp8 = settings.config.get("fp8.enabled") is True or (packed is not None and packed.compute_in_fp8)
         self.peak_tflops = device_peak(device, with_fp8)
         """Dense peak in the dtype of the widest products; None where it is not known."""
 

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nemo_automodel.kernels import copy_many, fp8, linear_ce, lora, nf4, norm, rope, swiglu_lora
+from nemo_automodel.kernels import copy_many, fp8, host_rows, linear_ce, lora, nf4, norm, rope, swiglu_lora
 
 _ROPE = {"NUM_Q": 32, "NUM_KV": 8, "HEAD": 128, "HAS_BIAS": True, "HAS_NORM": True, "BLOCK_H": 16, "BLOCK_E": 64}
 _SWIGLU_LORA = {"HAS_UPDATE": True, "GATE_FROM": 0, "UP_FROM": 64, "UP_TO": 128, "BLOCK_R": 64, "A_RANK": 64}
@@ -55,6 +55,7 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         {"factor_ptr": "*fp32", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
         {"LARGEST": 448.0, "HAS_FACTOR": True, "BLOCK": 4096},
     ),
+    ("rows of the host", host_rows._host_rows_kernel, {"ids_ptr": "*i64"}, {"BLOCK": host_rows._BLOCK}),
     ("nf4 to 16 bits", nf4._nf4_kernel, _NF4_TYPES, _NF4 | {"HAS_SCALE": False, "IS_ALIGNED": True, "BLOCKS": 16}),
     (
         "nf4 to e4m3",

@@ -11,8 +11,11 @@ from support.fast_models import tokens
 from support.tiny import tiny_config
 
 from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel._transformers import fast_layers, kernel_choice
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
+from nemo_automodel._transformers.kernel_trial import LayerTrial
 from nemo_automodel.components._peft.lora import PeftConfig, lora_layers
+from nemo_automodel.components.fast.choices import DEFAULT
 from nemo_automodel.components.fast.nf4_store import Nf4Fp8Store, Nf4Store, Scratch
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
 from nemo_automodel.kernels import nf4
@@ -250,6 +253,30 @@ def test_what_does_not_fit(caplog):
     model.model.layers[1].mlp.down_proj = plain.requires_grad_(False)
     with pytest.raises(UserError, match=r"`mlp\.down_proj` is not packed and other layers are"):
         use_fast_layers(model, FastRequest("on", PEFT))
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_ways_to_compute_are_tried_on_a_layer_packed_alike(in_fp8):
+    model = build("qwen3")
+    trial = LayerTrial(model, model.model.layers[0], Nf4Fp8Store if in_fp8 else Nf4Store, (1, 8))
+    assert trial.matters("down_in_depth") is not in_fp8
+    question = trial.question("swiglu_products", DEFAULT, "a layer")
+    errors = [candidate.error() for candidate in question.candidates.values()]
+    assert len(errors) == 2
+    assert all(error <= question.tolerance for error in errors)
+    assert all(isinstance(m, Linear4bit) for n, m in trial._scratch.named_modules() if n.endswith("_proj"))
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_a_model_whose_ways_are_measured(in_fp8, monkeypatch, tmp_path):
+    """Measured on the CPU as on a GPU."""
+    monkeypatch.setenv("NEMO_AUTOMODEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernel_choice, "_obstacle", lambda model, layer: None)
+    quantization = {**NF4, "compute_in_fp8": in_fp8}
+    fast = build(quantization=quantization, fast_layers="on", row_shape=(1, 8))
+    entries = fast_layers.kernel_table(fast)["entries"]
+    assert {"operation": "swiglu_products", "reason": "measured now"}.items() <= entries[1].items()
+    assert_same(step(fast), step(build()), 0.3 if in_fp8 else 1e-5)
 
 
 def test_rows_that_are_not_whole_blocks():

@@ -53,7 +53,7 @@ def peak(load: Workload) -> Memory:
     own = 0 if load.is_full else load.trainable_bytes  # full training: the weights are counted as weights
     return Memory(
         weights=int(_weight_bytes(load) + shape.num_other * load.weight_bytes),
-        embeddings=(shape.num_embedding + shape.num_head) * embedding_bytes,
+        embeddings=((0 if load.embeddings_on_host else shape.num_embedding) + shape.num_head) * embedding_bytes,
         trainable=int(trained * (own + load.trainable_bytes)),
         optimizer=int(trained * load.state_bytes),
         activations=int(_kept(load)),
@@ -165,5 +165,5 @@ def _scratch(load: Workload) -> float:
     """Return what unpacking the widest frozen matrix takes."""
     largest = max((num_in * num_out for num_in, num_out, _, _ in _packs(load)), default=0)
     if load.store == "nf4":
-        return largest * load.weight_bytes
+        return largest * (1 if load.computes_in_fp8 else load.weight_bytes)
     return largest if load.store == "fp8" and load.fp8_copies == 1 else 0

@@ -56,7 +56,8 @@ def estimate(load: Workload, machine: Machine) -> Speed:
     elif load.recompute == "selective":
         passes += _share_of(load, ("gate_proj", "up_proj")) if load.plain is None else 0
     linear = 2 * passes * load.tokens * shape.num_linear
-    rate = machine.fp8_tflops if load.store == "fp8" and machine.fp8_tflops else machine.bf16_tflops
+    in_fp8 = load.store == "fp8" or load.computes_in_fp8
+    rate = machine.fp8_tflops if in_fp8 and machine.fp8_tflops else machine.bf16_tflops
     head_passes = 3 if load.is_full else 2
     head = 2 * head_passes * load.tokens * load.labelled_share * shape.hidden_size * shape.vocab_size
     attended = load.document_len or load.seq_len
@@ -91,7 +92,7 @@ def _moved_bytes(load: Workload) -> float:
         per_token: float = elements * load.weight_bytes * shape.num_layers
         if load.recompute == "full":
             per_token *= 1.35
-        if load.store == "fp8":  # casts, and updates that are added afterwards
+        if load.store == "fp8" or load.computes_in_fp8:  # casts, and updates that are added afterwards
             per_token += 3 * (5 * shape.hidden_size + 2 * qkv + 6 * intermediate) * shape.num_layers
         if load.dropout:
             per_token += 4 * (2 * shape.hidden_size + qkv) * load.weight_bytes * shape.num_layers
@@ -99,5 +100,5 @@ def _moved_bytes(load: Workload) -> float:
         per_token = load.plain.written * (1 + _READS_PER_WRITE) / load.tokens
     moved = load.tokens * per_token
     if load.store in ("nf4", "int8"):  # unpacked for each pass
-        moved += (3 if load.recompute == "full" else 2) * 2.55 * shape.num_linear
+        moved += (3 if load.recompute == "full" else 2) * (1.55 if load.computes_in_fp8 else 2.55) * shape.num_linear
     return moved

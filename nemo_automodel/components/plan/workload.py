@@ -103,6 +103,9 @@ class Workload:
     store: str = "dense"
     """How frozen weights lie in memory: dense, fp8, nf4 or int8."""
     fp8_copies: int = 2
+    computes_in_fp8: bool = False
+    """Weights in 4 bits are multiplied in 8."""
+    embeddings_on_host: bool = False
     weight_bytes: int = 2
     """Of a dense weight, and of activations."""
     trainable_bytes: int = 4
