@@ -1,12 +1,15 @@
 """Kill a run at many random moments, resume it each time, and compare everything with an undisturbed run, bit for bit.
 
     python benchmarks/kill_50.py --kills 50 --seed 0 --out benchmarks/results/kill_50.json
+    python benchmarks/kill_50.py --data all --kills 50 --steps 250 --out benchmarks/results/kill_50_data.json
 
-A tiny Llama trains on a CPU with dropout, shuffled rows, validation and a checkpoint every few steps. The undisturbed
-run goes first and is timed. Then, `--kills` times, the same command is started on a directory of its own and SIGKILLed
-at a moment drawn from the seed; every kill falls into one of five phases, so that none is left out by luck:
+A tiny Llama trains on a CPU with dropout, shuffled rows, validation and a checkpoint every few steps. `--data` says how
+its rows come (see `kill_data.py`); `all` shares the kills out over every kind. For each kind the undisturbed run goes
+first and is timed. Then the same command is started again and again on a directory of its own and SIGKILLed at a moment
+drawn from the seed; every kill falls into one of these phases, so that none is left out by luck:
 
     start-up     from the start of the process to the end of tokenising, loading and set-up
+    tokenising   while background processes fill the token cache, which is emptied before (kinds that have one)
     training     between two steps
     saving       while a checkpoint is being written (its staging directory is there)
     publishing   between the directory's rename and the last pointer (the note `.publishing` is there)
@@ -37,6 +40,7 @@ from typing import Any
 
 import torch
 import yaml
+from kill_data import KINDS, TOKENISING, sections, write_data
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -48,7 +52,12 @@ CLOCK = ("timestamp", "tps", "tps_per_gpu", "mem")
 POLL_S = 0.0002
 
 
-def write_config(work: Path, run_dir: Path, args: argparse.Namespace) -> Path:
+def phases_of(kind: str) -> tuple[str, ...]:
+    """Return where a run on this data can be killed."""
+    return ("tokenising", *PHASES) if kind in TOKENISING else PHASES
+
+
+def write_config(work: Path, run_dir: Path, kind: str, args: argparse.Namespace) -> Path:
     """Write the recipe of one run and return its path; the data and the model are shared."""
     from support.recipes import lora_section, recipe_config
 
@@ -65,14 +74,12 @@ def write_config(work: Path, run_dir: Path, args: argparse.Namespace) -> Path:
             "val_every_steps": args.val_every,
             "save_checkpoint_every_epoch": False,
         },
-        dataloader={"shuffle": True, "num_workers": args.workers},
         checkpoint={"checkpoint_dir": str(run_dir), "max_recent_checkpoints": 2, "is_async": args.is_async},
     )
     config["validation_dataset"] = {**config["dataset"], "split": "validation"}
+    config |= sections(kind, work, args.workers)
     if args.adapter:
         config["peft"] = {**lora_section(), "dropout": 0.3}
-    if args.packed:
-        config["packed_sequence"] = {"packed_sequence_size": 160}
     path = run_dir.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     return path
@@ -84,7 +91,8 @@ class Session:
     def __init__(self, config: Path, run_dir: Path, log: Path) -> None:
         self.run_dir = run_dir
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        env |= {"CUDA_VISIBLE_DEVICES": "", "NEMO_AUTOMODEL_CACHE": str(run_dir.parent / f"{run_dir.name}-cache")}
+        self.cache = run_dir.with_name(f"{run_dir.name}-cache")
+        env |= {"CUDA_VISIBLE_DEVICES": "", "NEMO_AUTOMODEL_CACHE": str(self.cache)}
         self._output = log.open("a")
         self.start_s = time.monotonic()
         self.process = subprocess.Popen(
@@ -114,6 +122,10 @@ class Session:
         """Tell whether a checkpoint is getting its name and pointers."""
         return (self.run_dir / ".publishing").exists()
 
+    def is_tokenising(self) -> bool:
+        """Tell whether the token cache has a file, whole or not."""
+        return any((self.cache / "tokens").glob("*/*[kp]"))
+
     def has_ended(self) -> bool:
         """Tell whether the process is gone."""
         return self.process.poll() is not None
@@ -137,6 +149,10 @@ def wait_and_kill(session: Session, phase: str, generator: random.Random, startu
         while time.monotonic() < deadline and not session.has_ended():
             time.sleep(POLL_S)
         where = f"{time.monotonic() - session.start_s:.2f} s after the start"
+    elif phase == "tokenising":
+        _wait(session, session.is_tokenising)
+        time.sleep(generator.uniform(0, 0.3))
+        where = f"{len(list(session.cache.glob('tokens/*/*.chunk')))} chunks written"
     else:
         begun = _wait_until_steps_flow(session)
         nth = generator.randint(1, 3)
@@ -246,40 +262,54 @@ def _is_equal(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Do both runs and return the report."""
-    from support.tiny import make_model_dir, write_squad
-
-    make_model_dir(work / "model", attention_dropout=0.1)  # so that random numbers matter
-    write_squad(work / "squad", num_train=args.rows, num_validation=24)
-    whole, killed = work / "whole", work / "killed"
-    startup_s, args.save_s = undisturbed(write_config(work, whole, args), whole, work / "whole.log")
-    print(f"undisturbed: {args.steps} steps, start-up {startup_s:.1f} s, a save {args.save_s * 1e3:.0f} ms", flush=True)
-    config, generator, kills = write_config(work, killed, args), random.Random(args.seed), []
-    while len(kills) < args.kills:
-        phase = PHASES[len(kills) % len(PHASES)]
-        session = Session(config, killed, work / "killed.log")
+def run_kind(kind: str, num_kills: int, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Do both runs on one kind of data and return what was found."""
+    whole, killed = work / f"{kind}-whole", work / f"{kind}-killed"
+    startup_s, args.save_s = undisturbed(write_config(work, whole, kind, args), whole, whole.with_suffix(".log"))
+    print(f"{kind}: {args.steps} steps, start-up {startup_s:.1f} s, a save {args.save_s * 1e3:.0f} ms", flush=True)
+    config, log = write_config(work, killed, kind, args), killed.with_suffix(".log")
+    generator, kills, phases = random.Random(f"{args.seed} {kind}"), [], phases_of(kind)
+    while len(kills) < num_kills:
+        phase = phases[len(kills) % len(phases)]
+        if phase == "tokenising":
+            shutil.rmtree(killed.with_name(f"{killed.name}-cache"), ignore_errors=True)
+        session = Session(config, killed, log)
         where = wait_and_kill(session, phase, generator, startup_s, args)
         if where == "ended":
-            status = session.close()
-            raise SystemExit(
-                f"the run ended (status {status}) before all kills; raise --steps. See {work / 'killed.log'}"
-            )
-        kills.append({"phase": phase, "where": where, "records": session.num_steps()})
+            raise SystemExit(f"the run ended (status {session.close()}) before all kills; raise --steps. See {log}")
+        kills.append({"data": kind, "phase": phase, "where": where, "records": session.num_steps()})
         print(f"kill {len(kills):>3}: {phase:<11} {where}", flush=True)
-    resumes = (work / "killed.log").read_text().count("Going on from")
-    status = Session(config, killed, work / "killed.log").close()
+    resumes = log.read_text().count("Going on from")
+    status = Session(config, killed, log).close()
     found = differences(whole, killed) if status == 0 else [f"the last start ended with status {status}"]
+    print(f"{kind}: {'equal' if not found else 'DIFFERENT: ' + ', '.join(found)}", flush=True)
+    return {"resumes": resumes, "different": found, "log": kills}
+
+
+def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Do all runs and return the report."""
+    from support.tiny import make_model_dir
+
+    make_model_dir(work / "model", attention_dropout=0.1)  # so that random numbers matter
+    write_data(work, args.rows)
+    kinds = KINDS if args.data == "all" else (args.data,)
+    done = {}
+    for number, kind in enumerate(kinds):
+        share = args.kills // len(kinds) + (number < args.kills % len(kinds))
+        done[kind] = run_kind(kind, share, args, work)
+    kills = [kill for found in done.values() for kill in found["log"]]
+    different = [f"{kind}: {name}" for kind, found in done.items() for name in found["different"]]
     return {
         "what": "SIGKILL at random moments, resume, compare with an undisturbed run bit for bit",
         "seed": args.seed,
         "steps": args.steps,
         "kills": len(kills),
         "by_phase": dict(Counter(kill["phase"] for kill in kills)),
-        "resumes_from_a_checkpoint": resumes,
-        "options": {key: getattr(args, key) for key in ("adapter", "packed", "is_async", "workers", "ckpt_every")},
-        "different": found,
-        "verdict": f"{len(kills)} of {len(kills)}" if not found else "NOT EQUAL",
+        "by_data": dict(Counter(kill["data"] for kill in kills)),
+        "resumes_from_a_checkpoint": sum(found["resumes"] for found in done.values()),
+        "options": {key: getattr(args, key) for key in ("data", "adapter", "is_async", "workers", "ckpt_every")},
+        "different": different,
+        "verdict": f"{len(kills)} of {len(kills)}" if not different else "NOT EQUAL",
         "machine": {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()},
         "log": kills,
     }
@@ -296,9 +326,9 @@ def main() -> int:
     )
     parser.add_argument("--ckpt-every", type=int, default=7)
     parser.add_argument("--val-every", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--data", choices=(*KINDS, "all"), default="unpacked", help="how rows come")
+    parser.add_argument("--workers", type=int, help="loader workers; without it as many as the kind of data has")
     parser.add_argument("--adapter", action="store_true", help="LoRA with dropout instead of all weights")
-    parser.add_argument("--packed", action="store_true")
     parser.add_argument("--async", dest="is_async", action="store_true", help="save beside training")
     parser.add_argument("--keep", type=Path, help="leave the runs in this directory")
     parser.add_argument("--out", type=Path, help="write the report here")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,11 +27,13 @@ from nemo_automodel._transformers.fast_layers import kernel_table
 from nemo_automodel._transformers.forward import LossFn
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal
+from nemo_automodel.components.checkpoint.changes import changes_since, consequences
 from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, SaveError, estimate_num_bytes
 from nemo_automodel.components.checkpoint.disk import check_writable, warn_if_crowded
 from nemo_automodel.components.checkpoint.parts import Parts
 from nemo_automodel.components.checkpoint.restore import newest_checkpoint
 from nemo_automodel.components.checkpoint.run_directory import choose_run_directory
+from nemo_automodel.components.checkpoint.witness import Witness
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
 from nemo_automodel.components.distributed.grad import clip_grad_norm
@@ -45,7 +48,7 @@ from nemo_automodel.components.optim.optimizer import (
     parse_overrides,
     prepare_kwargs,
 )
-from nemo_automodel.components.optim.scheduler import OptimizerParamScheduler, plan_schedule
+from nemo_automodel.components.optim.scheduler import OptimizerParamScheduler, SchedulePlan, plan_schedule
 from nemo_automodel.components.training.garbage_collection import GarbageCollection
 from nemo_automodel.components.training.rng import ScopedRNG, StatefulRNG
 from nemo_automodel.components.training.step_scheduler import Step, StepScheduler, TrainLoader
@@ -54,6 +57,7 @@ from nemo_automodel.recipes.data_check import DataCheck
 from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens, count_tokens
 from nemo_automodel.recipes.kernel_record import read_kernels, write_kernels
 from nemo_automodel.recipes.packing_proof import prove_packing
+from nemo_automodel.recipes.resume_check import ResumeCheck
 from nemo_automodel.recipes.settings import effective_yaml, load_settings
 from nemo_automodel.recipes.sick_runs import SickRuns
 from nemo_automodel.recipes.utilisation import Utilisation
@@ -234,10 +238,14 @@ class BaseRecipe:
         config = self.settings.lr_scheduler
         self.lr_scheduler = OptimizerParamScheduler(
             self.optimizer,
-            # without a section nothing depends on the length, so nobody waits for it
-            plan_schedule(config, self.optimizer, None if config is None else self.schedule.total_steps),
+            self._plan_schedule(),
             keeps_saved_plan=config is not None and config.use_checkpoint_opt_param_scheduler is True,
         )
+
+    def _plan_schedule(self) -> SchedulePlan:
+        config = self.settings.lr_scheduler
+        # without a section nothing depends on the length, so nobody waits for it
+        return plan_schedule(config, self.optimizer, None if config is None else self.schedule.total_steps)
 
     def _restore(self) -> None:
         self.checkpointer = Checkpointer(self.settings.checkpoint, self.run_directory.path)
@@ -255,10 +263,22 @@ class BaseRecipe:
         if self.settings.checkpoint.enabled:
             check_writable(self.run_directory.path, num_bytes)
             warn_if_crowded(self.run_directory.path, num_bytes, self._most_checkpoints())
+        self.resume_check = ResumeCheck(
+            self.settings.checkpoint.resume_policy, self.engine, self.model, self.train_loader
+        )
         if self.run_directory.resume_from is not None:
-            self.checkpointer.load(self.run_directory.resume_from, self.state())
+            self._go_on_from(self.run_directory.resume_from)
         self.loggers.truncate_after(self.schedule.step - 1)
         self._step_end_s = time.perf_counter()
+
+    def _go_on_from(self, checkpoint: Path) -> None:
+        changes = changes_since(checkpoint, self.effective)
+        self.checkpointer.load(checkpoint, self.state())
+        if self.schedule.realign():
+            self.lr_scheduler.replan(self._plan_schedule())
+        for line in consequences(changes):
+            logger.warning("Changed since %s was saved: %s", checkpoint.name, line)
+        self.resume_check.compare(checkpoint, changes)
 
     def _most_checkpoints(self) -> int:
         """Return how many checkpoints will be there at once, as far as that is known; at least 1."""
@@ -268,8 +288,8 @@ class BaseRecipe:
         # the best one is kept beside the newest, and a new one is whole before an old one goes
         return max(1, num_saves if kept is None else min(num_saves, kept + 2))
 
-    def state(self) -> Parts:
-        """Return everything a checkpoint holds, by name."""
+    def state(self, witness: Witness | None = None) -> Parts:
+        """Return everything a checkpoint holds, by name; ``witness`` is what a resume compares itself with."""
         return Parts(
             model_files=self.model_files,
             model=self.model,
@@ -280,6 +300,7 @@ class BaseRecipe:
             rng=self.rng,
             config_yaml=self.effective,
             loss_guard=self.sick_runs.guard,
+            witness=witness,
         )
 
     # The loop.
@@ -298,6 +319,7 @@ class BaseRecipe:
                 metrics = self.train_step(batches)
                 step = self.schedule.poll(planned)
                 self.loggers.train(step.index, step.epoch, metrics)
+                self._last_batches = batches
                 step = self._validate_and_save(step, metrics)
                 garbage.after_step(step.index)
                 done = step, metrics
@@ -423,8 +445,9 @@ class BaseRecipe:
     def _save(self, step: Step, losses: Mapping[str, float]) -> None:
         """Save, and go on without when that fails, unless it was the last chance of this session."""
         self.loggers.sync()
+        state = self.state(self.resume_check.witness(self._last_batches))
         try:
-            self.checkpointer.save(step.index, step.epoch, self.state(), losses, is_last_step=step.is_last)
+            self.checkpointer.save(step.index, step.epoch, state, losses, is_last_step=step.is_last)
             if step.is_last or step.is_preempted:
                 self.checkpointer.finish()
         except SaveError as error:

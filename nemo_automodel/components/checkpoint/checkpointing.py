@@ -22,16 +22,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 from torch import nn
 
 from nemo_automodel.components.checkpoint import dcp
+from nemo_automodel.components.checkpoint.changes import changes_since
 from nemo_automodel.components.checkpoint.config import CheckpointingConfig
 from nemo_automodel.components.checkpoint.disk import explain_write_failure, sync_tree, write_file
-from nemo_automodel.components.checkpoint.identity import differences, run_identity
 from nemo_automodel.components.checkpoint.layout import (
-    CONFIG_FILE,
     DATALOADER_FILE,
     INCOMPLETE_MARKER,
     LOSS_GUARD_FILE,
@@ -288,13 +286,7 @@ def _write_files(staged: Path, snapshot: Snapshot, config: CheckpointingConfig) 
 
 def _changed_settings(checkpoint: Path, config_yaml: Mapping[str, Any]) -> set[str]:
     """Return the keys of the ``optimizer`` section that the user changed since the checkpoint was saved."""
-    try:
-        saved = yaml.safe_load((checkpoint / CONFIG_FILE).read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"`{checkpoint / CONFIG_FILE}` is missing or damaged ({type(error).__name__}). Mend it."
-        ) from error
-    found = differences(run_identity(saved), run_identity(config_yaml))
+    found = changes_since(checkpoint, config_yaml)
     return {key.split(".")[1] for key, _, _ in found if key.startswith("optimizer.")}
 
 

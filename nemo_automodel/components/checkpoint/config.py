@@ -17,6 +17,8 @@ _LATER = (
     "diffusers_compatible",
 )
 
+_RESUME_CHECKS = ("error", "warn", "off")
+
 
 @dataclass(frozen=True)
 class CheckpointingConfig:
@@ -52,6 +54,9 @@ class CheckpointingConfig:
     """Keep this many newest checkpoints, and whatever a pointer names."""
     restore_from: str | None = None
     """``null`` resumes from ``LATEST``; a pointer name, a directory name under ``checkpoint_dir``, or a path."""
+    resume_check: bool | str = "error"
+    """At a resume the next batch and its loss are compared with what they were at the save. ``error`` ends the run where
+    they differ, ``warn`` says so and goes on, ``off`` (or ``false``) neither records nor compares."""
     load_base_model: bool | None = None
 
     def __post_init__(self) -> None:
@@ -65,12 +70,24 @@ class CheckpointingConfig:
             raise ConfigError(
                 f"`checkpoint.save_consolidated: {self.save_consolidated}` is not known. Use false, final or every."
             )
+        if self.resume_check not in (True, False, *_RESUME_CHECKS):
+            raise ConfigError(
+                f"`checkpoint.resume_check: {self.resume_check}` is not known."
+                f"{did_you_mean(str(self.resume_check), _RESUME_CHECKS)} Use error, warn or off."
+            )
         if self.max_recent_checkpoints is not None and self.max_recent_checkpoints < 1:
             raise ConfigError(
                 f"`checkpoint.max_recent_checkpoints` is {self.max_recent_checkpoints}, but at least 1 must be kept. "
                 "Use null to keep all."
             )
         self._refuse_what_comes_later()
+
+    @property
+    def resume_policy(self) -> str:
+        """What happens where a resume is not exact: ``error``, ``warn``, or ``off`` for no comparison."""
+        if isinstance(self.resume_check, bool):  # what YAML makes of `on` and `off`
+            return "error" if self.resume_check else "off"
+        return self.resume_check
 
     def notices(self) -> list[str]:
         """Return a line for each key that has no effect in this run."""

@@ -6,6 +6,7 @@
         losses.json  progress.json       readable without torch; so is loss_guard.json
         manifest.json                    size and checksum of every other file
         dataloader/  rng/  optim/  model/
+        resume/                          the batch that comes next and its loss, to be compared at the resume
         step_scheduler.pt
       epoch_0_step_99.reserving-<uuid>/  a checkpoint being written; holds `.incomplete`
       LATEST  LOWEST_VAL                 relative links to checkpoints
@@ -33,6 +34,8 @@ DATALOADER_FILE = "dataloader/dataloader_dp_rank_0.pt"
 RNG_FILE = "rng/rng_global_rank_0.pt"
 LEGACY_RNG_FILE = "rng/rng_dp_rank_0.pt"
 LOSS_GUARD_FILE = "loss_guard.json"
+WITNESS_FILE = "resume/witness.json"
+WITNESS_BATCH_FILE = "resume/batch.safetensors"
 MODEL_DIR = "model"
 MODEL_DCP_DIR = "model_dcp"
 """Weights in torch's distributed format, where they are not in `model/`."""

@@ -29,6 +29,7 @@ from nemo_automodel.components.checkpoint.layout import (
 )
 from nemo_automodel.components.checkpoint.optimizer_state import GROUP_PREFIX, OPTIM_KEY, optimizer_entries
 from nemo_automodel.components.checkpoint.state import to_bytes
+from nemo_automodel.components.checkpoint.witness import Witness, to_files
 from nemo_automodel.shared.types import Stateful
 
 SCHED_KEY = "sched"
@@ -67,6 +68,8 @@ class Parts:
     """The effective configuration, as it reproduces the run."""
     loss_guard: Stateful | None = None
     """What the run remembers of its losses, as plain JSON values."""
+    witness: Witness | None = None
+    """What a resume of this moment compares itself with; it is only written, never loaded into the run."""
 
 
 @dataclass
@@ -122,6 +125,8 @@ def take_snapshot(parts: Parts) -> Snapshot:
     }
     if parts.loss_guard is not None:
         files[LOSS_GUARD_FILE] = json.dumps(parts.loss_guard.state_dict()).encode() + b"\n"
+    if parts.witness is not None:
+        files |= to_files(parts.witness)
     weights = parts.model_files.weights()
     moment = None
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nemo_automodel.components.datasets.config import DataloaderConfig
 from nemo_automodel.components.datasets.llm.tokenized_rows import TokenizedRows
-from nemo_automodel.components.datasets.mix import MixedRows
+from nemo_automodel.components.datasets.mix import MixedRows, samples_at
 from nemo_automodel.components.datasets.packed_rows import PackedRows
 from nemo_automodel.components.datasets.packed_stream import PackedStream
 from nemo_automodel.components.datasets.streaming import IndexedStream, Stream
@@ -37,6 +37,8 @@ _BATCHES_SORTED_TOGETHER = 50
 _LENGTHS_AT_ONCE = 1000
 # what a worker makes of an error: its whole traceback, with the message at the end
 _OF_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n.*\n[\w.]+Error: (.*)", re.DOTALL)
+_END = object()
+"""Stands for an item where there is none left."""
 
 
 def shuffles(cfg: DataloaderConfig, is_training: bool) -> bool:
@@ -231,6 +233,15 @@ class EpochBatchSampler(Sampler[list[int]]):
             yield list(mine) if order is None else order[mine].tolist()
             start += self.piece
 
+    def batch_at(self, epoch: int, start: int) -> list[int]:
+        """Return the rows of the batch that begins after ``start`` rows of an epoch; none where it ends there."""
+        kept = self.epoch, self.start
+        self.epoch, self.start = epoch, start
+        try:
+            return next(iter(self), [])
+        finally:
+            self.epoch, self.start = kept
+
     def _order(self) -> np.ndarray | None:
         """Return the rows of the epoch in order; None: as they are numbered."""
         if isinstance(self.rows, PackedRows) and self.epoch == 0:
@@ -260,12 +271,22 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     Each iteration begins at the start of the epoch set by ``set_epoch``; only the first one after ``load_state_dict``
     goes on where the state was taken, which may be the end of that epoch: then it yields nothing.
+
+    ``look_ahead`` shows the item that comes next. It is drawn then and kept for the iteration; the state stays that of
+    the place before it until it is handed out.
     """
 
     def __init__(self, dataset: Any, sampler: EpochBatchSampler | None, options: dict[str, Any]) -> None:
         self._rows, self.epoch = sampler, 0
         self._start, self._num_batches, self._is_finished = 0, 0, False
         self._has_begun, self._resumes = False, False
+        self._live: Iterator[Any] | None = None
+        """What is being iterated over."""
+        self._is_waiting = False
+        """``look_ahead`` began the iteration, and nobody has asked for it yet."""
+        self._ahead: list[Any] = []
+        """The one item that was drawn and not handed out."""
+        self._state_before: dict[str, Any] | None = None
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
@@ -276,6 +297,7 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         if epoch != self.epoch:
             self._start, self._num_batches, self._is_finished = 0, 0, False
             self._has_begun, self._resumes = False, False
+            self._forget_ahead()
             self.next_iter_state = None
         self.epoch = epoch
         if self._rows is not None:
@@ -308,23 +330,81 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         return sum(share // size if self.drop_last else math.ceil(share / size) for share in shares)
 
     def __iter__(self) -> Iterator[Any]:
+        if not self._is_waiting:
+            self._live = self._begin()
+        self._is_waiting = False
+        live = self._live
+        assert live is not None
+        while (item := self._ahead.pop() if self._ahead else self._draw(live)) is not _END:
+            self._state_before = None
+            self._num_batches += 1
+            yield item
+        self._forget_ahead()  # workers end with the iteration
+        self._is_finished = True
+
+    def _begin(self) -> Iterator[Any]:
+        """Return the items from the place where the loader stands."""
+        self._forget_ahead()
         if not self._resumes:
             self._start, self._num_batches, self._is_finished = 0, 0, False
         self._has_begun, self._resumes = True, False
         if self._is_finished:
-            return
+            return iter(())
         if self._rows is not None:
             self._rows.start = self._start
+        items: Iterator[Any] = super().__iter__()
+        return items
+
+    @staticmethod
+    def _draw(items: Iterator[Any]) -> Any:
+        """Return the next item, ``_END`` after the last one."""
         try:
-            for batch in super().__iter__():
-                self._num_batches += 1
-                yield batch
+            return next(items, _END)
         except UserError as error:
             found = _OF_WORKER.fullmatch(str(error))
             if found is None:
                 raise
             raise UserError(found[1].strip()) from error
-        self._is_finished = True
+
+    def _forget_ahead(self) -> None:
+        self._live, self._is_waiting, self._ahead, self._state_before = None, False, [], None
+
+    def look_ahead(self) -> tuple[Any, list[int] | None] | None:
+        """Return the item that comes next and the numbers of its rows (None: they have none), without moving.
+
+        At the end of an epoch it is the first one of the next epoch; of a stream, whose next epoch can only be known by
+        reading it, there is none then.
+        """
+        numbers = None
+        if self._rows is not None:
+            numbers = self._rows.batch_at(self.epoch, self._num_done)
+            if not numbers:
+                numbers = self._rows.batch_at(self.epoch + 1, 0)
+                return self.collate_fn(samples_at(self.dataset, numbers)), numbers
+        if not self._ahead:
+            before = self.state_dict()
+            if self._live is None:
+                self._live, self._is_waiting = self._begin(), True
+            self._ahead, self._state_before = [self._draw(self._live)], before
+        return None if self._ahead[0] is _END else (self._ahead[0], numbers)
+
+    def num_items_done(self) -> int | None:
+        """Return how many items of the epoch were handed out; None of streams, and after another batch size."""
+        if self._rows is None or self._num_done % self._rows.piece:
+            return None
+        return self._num_done // self._rows.piece
+
+    def num_items_left(self) -> int | None:
+        """Return how many items of the epoch will come, waiting for rows that are being made; None of streams."""
+        if self._rows is None:
+            return None
+        return -(-max(self._rows.num_used - self._num_done, 0) // self._rows.piece)
+
+    @property
+    def _num_done(self) -> int:
+        """Rows handed out in this epoch over all replicas."""
+        assert self._rows is not None
+        return self._start + self._num_batches * self._rows.piece
 
     def peek(self, num_batches: int) -> list[list[int]] | None:
         """Return the row numbers of the epoch's first micro-batches, without moving.
@@ -339,10 +419,12 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place: epoch, rows handed out over all replicas (or the stream's own state)."""
+        if self._state_before is not None:
+            return self._state_before
         state: dict[str, Any] = {"epoch": self.epoch, "is_finished": self._is_finished}
         if self._rows is None:
             return {**state, "stream": super().state_dict() if self._has_begun else self.next_iter_state or {}}
-        done = self._start + self._num_batches * self._rows.piece
+        done = self._num_done
         if not self._rows.rows.is_complete:
             return {**state, "num_rows_done": done, "num_rows": None}
         return {**state, "num_rows_done": min(done, self._rows.num_used), "num_rows": len(self._rows.rows)}
@@ -354,6 +436,7 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
             UserError: the data set has another number of rows than when the state was taken.
         """
         self.set_epoch(state["epoch"])
+        self._forget_ahead()
         self._is_finished, self._has_begun, self._resumes = state["is_finished"], False, True
         if self._rows is None:
             self.next_iter_state = None

@@ -194,6 +194,12 @@ class OptimizerParamScheduler:
         self.num_steps += increment
         self._apply()
 
+    def replan(self, plan: SchedulePlan) -> None:
+        """Follow another plan from the next step on, unless the checkpoint's is to be kept."""
+        if not self.keeps_saved_plan:
+            self.plan = plan
+            self._apply()
+
     def _apply(self) -> None:
         lr, weight_decay = self.plan.lr(self.num_steps), self.plan.weight_decay(self.num_steps)
         for group in self.optimizer.param_groups:

@@ -72,6 +72,17 @@ class GrowingLoader(Protocol):
         """Return how many items an epoch has."""
 
 
+@runtime_checkable
+class PlacedLoader(Protocol):
+    """A loader that can tell where in an epoch it stands."""
+
+    def num_items_done(self) -> int | None:
+        """Return how many items of the epoch were handed out, None where that cannot be told as a whole number."""
+
+    def num_items_left(self) -> int | None:
+        """Return how many will come, waiting until that is certain; None where it cannot be told."""
+
+
 class _EpochLength:
     """How many items of the loader an epoch has, asked for no more than is needed."""
 
@@ -136,6 +147,10 @@ class StepScheduler:
         self.step = config.start_step
         """The next step to train."""
         self.epoch = config.start_epoch
+        self._num_extra_steps = 0
+        """How many steps the run has made beyond those of today's size that its epochs hold; see ``realign``."""
+        self._num_extra_items = 0
+        """The same for the items of this epoch: fewer than a step has."""
         self._signal: signal.Signals | None = None
         self._is_stopping = False
 
@@ -152,7 +167,8 @@ class StepScheduler:
 
     def _step_in_epoch(self, step: int) -> int:
         """Return ``step`` modulo the steps of an epoch, which must have a length."""
-        return step if self._is_longer_than(step) else step % cast("int", self.epoch_len)
+        step -= self._num_extra_steps
+        return step if 0 <= step and self._is_longer_than(step) else step % cast("int", self.epoch_len)
 
     @property
     def num_epochs(self) -> int:
@@ -161,9 +177,9 @@ class StepScheduler:
             return self.config.num_epochs
         if self.max_steps is None or not self._epoch_length.has_end:
             return _NUM_EPOCHS_OF_UNKNOWN_LENGTH
-        if self._is_longer_than(self.max_steps - 1):
+        if self._is_longer_than(self.max_steps - self._num_extra_steps - 1):
             return 1
-        return math.ceil(self.max_steps / cast("int", self.epoch_len))
+        return math.ceil((self.max_steps - self._num_extra_steps) / cast("int", self.epoch_len))
 
     @property
     def ckpt_every_steps(self) -> int | None:
@@ -182,9 +198,9 @@ class StepScheduler:
         """
         if not self._epoch_length.has_end:
             return self.max_steps
-        if self.max_steps is not None and self._is_longer_than(self.max_steps - 1):
+        if self.max_steps is not None and self._is_longer_than(self.max_steps - self._num_extra_steps - 1):
             return self.max_steps
-        total = self.num_epochs * cast("int", self.epoch_len)
+        total = self.num_epochs * cast("int", self.epoch_len) + self._num_extra_steps
         return total if self.max_steps is None else min(total, self.max_steps)
 
     @property
@@ -203,9 +219,10 @@ class StepScheduler:
         """Tell whether there is nothing left to train."""
         if self.max_steps is not None and self.step >= self.max_steps:
             return True
-        if not self._epoch_length.has_end or self._is_longer_than(self.step):
+        done = self.step - self._num_extra_steps
+        if not self._epoch_length.has_end or self._is_longer_than(done):
             return False
-        return self.step >= self.num_epochs * cast("int", self.epoch_len)
+        return done >= self.num_epochs * cast("int", self.epoch_len)
 
     def __iter__(self) -> Generator[tuple[Step, list[Batch]]]:
         self._signal, self._is_stopping = None, False
@@ -215,6 +232,7 @@ class StepScheduler:
                 if self._is_stopping or self.is_finished:
                     return
                 self.epoch += 1
+                self._num_extra_items = 0
         if self.step == self.config.start_step:
             raise UserError(_EMPTY)
 
@@ -236,7 +254,7 @@ class StepScheduler:
         """
         if not self._epoch_length.has_end:
             return self.grad_accum
-        done = self._step_in_epoch(self.step) * self.grad_accum
+        done = self._step_in_epoch(self.step) * self.grad_accum - self._num_extra_items
         if self._epoch_length.at_least(done + self.grad_accum):
             return self.grad_accum
         return self._epoch_length.exact() - done
@@ -286,8 +304,28 @@ class StepScheduler:
         return {"step": step, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the saved step; the loader must be restored along with it."""
+        """Go on at the saved step; the loader must be restored along with it, and ``realign`` called then."""
         self.step, self.epoch = int(state["step"]), int(state["epoch"])
+        self._num_extra_steps = self._num_extra_items = 0
+
+    def realign(self) -> bool:
+        """Ask the restored loader where in the epoch the run stands; return whether the length of the run changed.
+
+        That follows from the number of steps as long as all had the same size. After a change of the global batch it
+        does not: 10 steps of 4 rows are 4 steps of 10, so the epoch ends elsewhere, and 6 steps more than before.
+        """
+        loader = self.loader
+        if not isinstance(loader, PlacedLoader) or not self._epoch_length.has_end:
+            return False
+        if loader.num_items_done() == self._step_in_epoch(self.step) * self.grad_accum:
+            return False
+        num_left = loader.num_items_left()
+        if num_left is None:
+            return False
+        num_done = cast("int", self.epoch_len) - math.ceil(num_left / self.grad_accum)
+        self._num_extra_steps = self.step - self.epoch * cast("int", self.epoch_len) - num_done
+        self._num_extra_items = num_done * self.grad_accum - (self._epoch_length.exact() - num_left)
+        return self._num_extra_steps != 0
 
 
 class _SignalWatch:
