@@ -1,7 +1,7 @@
 """Kill a run at many random moments, resume it each time, and compare everything with an undisturbed run, bit for bit.
 
     python benchmarks/kill_50.py --kills 50 --seed 0 --out benchmarks/results/kill_50.json
-    python benchmarks/kill_50.py --data all --kills 50 --steps 250 --out benchmarks/results/kill_50_data.json
+    python benchmarks/kill_50.py --data all --kills 50 --steps 300 --out benchmarks/results/kill_50_data.json
 
 A tiny Llama trains on a CPU with dropout, shuffled rows, validation and a checkpoint every few steps. `--data` says how
 its rows come (see `kill_data.py`); `all` shares the kills out over every kind. For each kind the undisturbed run goes
@@ -122,9 +122,9 @@ class Session:
         """Tell whether a checkpoint is getting its name and pointers."""
         return (self.run_dir / ".publishing").exists()
 
-    def is_tokenising(self) -> bool:
-        """Tell whether the token cache has a file, whole or not."""
-        return any((self.cache / "tokens").glob("*/*[kp]"))
+    def num_token_files(self) -> int:
+        """Return how many files the token cache has, whole (`.chunk`) or not (`.tmp`)."""
+        return sum(1 for _ in (self.cache / "tokens").glob("*/*[kp]"))
 
     def has_ended(self) -> bool:
         """Tell whether the process is gone."""
@@ -150,9 +150,9 @@ def wait_and_kill(session: Session, phase: str, generator: random.Random, startu
             time.sleep(POLL_S)
         where = f"{time.monotonic() - session.start_s:.2f} s after the start"
     elif phase == "tokenising":
-        _wait(session, session.is_tokenising)
-        time.sleep(generator.uniform(0, 0.3))
-        where = f"{len(list(session.cache.glob('tokens/*/*.chunk')))} chunks written"
+        wanted = generator.randint(1, 5)
+        _wait(session, lambda: session.num_token_files() >= wanted)
+        where = f"{session.num_token_files()} files in the token cache"
     else:
         begun = _wait_until_steps_flow(session)
         nth = generator.randint(1, 3)
@@ -237,7 +237,7 @@ def differences(whole: Path, killed: Path) -> list[str]:
         return [*found, f"LATEST: {a.name} and {b.name}"]
     if os.readlink(whole / "LOWEST_VAL") != os.readlink(killed / "LOWEST_VAL"):
         found.append("LOWEST_VAL")
-    for path in sorted((a / "model").rglob("*")):
+    for path in sorted([*(a / "model").rglob("*"), *(a / "resume").rglob("*")]):
         if path.is_file() and path.read_bytes() != (b / path.relative_to(a)).read_bytes():
             found.append(str(path.relative_to(a)))
     for name in ("losses.json", "progress.json", "loss_guard.json"):

@@ -36,6 +36,9 @@ from nemo_automodel.components.checkpoint.run_directory import choose_run_direct
 from nemo_automodel.components.checkpoint.witness import Witness
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
+from nemo_automodel.components.datasets.loader import ResumableDataLoader
+from nemo_automodel.components.datasets.token_budget import MicroBatches
+from nemo_automodel.components.datasets.worker_faults import explained_faults
 from nemo_automodel.components.distributed.grad import clip_grad_norm
 from nemo_automodel.components.distributed.init_utils import initialize_distributed
 from nemo_automodel.components.distributed.mesh import build_mesh
@@ -278,7 +281,8 @@ class BaseRecipe:
             self.lr_scheduler.replan(self._plan_schedule())
         for line in consequences(changes):
             logger.warning("Changed since %s was saved: %s", checkpoint.name, line)
-        self.resume_check.compare(checkpoint, changes)
+        with explained_faults(self._worked_loaders()):
+            self.resume_check.compare(checkpoint, changes)
 
     def _most_checkpoints(self) -> int:
         """Return how many checkpoints will be there at once, as far as that is known; at least 1."""
@@ -312,7 +316,8 @@ class BaseRecipe:
         done: tuple[Step, StepMetrics] | None = None
         garbage = GarbageCollection(self.settings.step_scheduler.gc_every_steps)
         self._step_end_s = time.perf_counter()
-        with self.loggers, self.checkpointer, garbage, closing(iter(self.schedule)) as steps:
+        loaders, steps = self._worked_loaders(), iter(self.schedule)
+        with self.loggers, self.checkpointer, garbage, explained_faults(loaders), closing(steps):
             for planned, batches in steps:
                 if self.data_check is not None:
                     self.data_check.first_step(batches)
@@ -327,6 +332,12 @@ class BaseRecipe:
                 # the data has no length, so the last step could not know that it was the last
                 self._validate_and_save(replace(done[0], validates=True, saves=True, is_last=True), done[1])
         self._say_what_next(done[0] if done else None)
+
+    def _worked_loaders(self) -> list[ResumableDataLoader]:
+        """Return the loaders that may have processes of their own."""
+        loaders = (self.train_loader, *self.val_loaders.values())
+        inner = [loader.loader if isinstance(loader, MicroBatches) else loader for loader in loaders]
+        return [loader for loader in inner if isinstance(loader, ResumableDataLoader)]
 
     def train_step(self, batches: Sequence[Batch]) -> StepMetrics:
         """Update the weights once from the micro-batches of a step.

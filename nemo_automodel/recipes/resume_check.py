@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -135,7 +135,9 @@ class ResumeCheck:
             logger.info("%s does not say which batch comes next, so that is not checked.", checkpoint)
             return
         self._check_ids(checkpoint, witness)
-        said, explained, wrong = [], [], []
+        said: list[str] = []
+        explained: list[str] = []
+        wrong: list[str] = []
         for is_same, text, is_explained in (
             (*self._compare_data(witness), changes_data(changes)),
             (*self._compare_loss(witness), changes_loss(changes)),
@@ -154,8 +156,9 @@ class ResumeCheck:
 
     def _check_ids(self, checkpoint: Path, witness: Witness) -> None:
         """Refuse tokens that the model does not have: looking them up would end in a traceback, or worse."""
-        ids, num_known = witness.batch["input_ids"], self._model.get_input_embeddings().num_embeddings
-        if ids.numel() == 0 or (0 <= int(ids.min()) and int(ids.max()) < num_known):
+        ids = witness.batch["input_ids"]
+        num_known = len(cast("torch.Tensor", self._model.get_input_embeddings().weight))
+        if ids.numel() == 0 or (int(ids.min()) >= 0 and int(ids.max()) < num_known):
             return
         raise UserError(
             f"The batch that `{checkpoint}` remembers has tokens from {int(ids.min())} to {int(ids.max())}, but the "
@@ -177,9 +180,10 @@ class ResumeCheck:
         if rows[:num_both] == witness.row_digests[:num_both]:
             return True, f"the next {num_both} rows are the recorded ones, in batches of another shape."
         if numbers is not None and numbers != witness.row_numbers:
+            was = f"row {witness.row_numbers[0]} was" if witness.row_numbers else "another was"
             return False, (
-                f"The order of the rows changed: row {numbers[0]} comes next, row {(witness.row_numbers or [-1])[0]} was "
-                "to come. Take back the seed and the data, and the version of this program that wrote the checkpoint."
+                f"The order of the rows changed: row {numbers[0]} comes next, {was} to come. Take the data and the "
+                "version of this program that wrote the checkpoint."
             )
         if numbers is None:
             return False, (

@@ -90,7 +90,7 @@ def test_a_state_taken_after_looking_goes_on_with_the_item_that_was_seen(kind: s
     plain, _, _ = read(build(kind), 0, lambda _: False)
     flat = [*itertools.chain(*plain)]
     _, states, _ = read(build(kind), 0, lambda place: place % 2 == 0)
-    for place in (0, 1, 4, 5, 7):
+    for place in (0, 5, 7):
         resumed = build(kind)
         resumed.load_state_dict(states[place])
         if looks_at_start:

@@ -24,7 +24,7 @@ _SPLIT = (
     "changes the last digits, and dropout draws other numbers."
 )
 _STEPS = (
-    "no row of this epoch is skipped or comes twice. Steps have another size from here on, so losses of steps cannot be "
+    "no row of this epoch is skipped or comes twice. Steps have another size from here on, so their losses cannot be "
     "compared with those of before, and the learning rate follows the number of steps."
 )
 _ORDER = (

@@ -55,8 +55,8 @@ class CheckpointingConfig:
     restore_from: str | None = None
     """``null`` resumes from ``LATEST``; a pointer name, a directory name under ``checkpoint_dir``, or a path."""
     resume_check: bool | str = "error"
-    """At a resume the next batch and its loss are compared with what they were at the save. ``error`` ends the run where
-    they differ, ``warn`` says so and goes on, ``off`` (or ``false``) neither records nor compares."""
+    """At a resume the next batch and its loss are compared with what they were at the save. ``error`` ends the run
+    where they differ, ``warn`` says so and goes on, ``off`` (or ``false``) neither records nor compares."""
     load_base_model: bool | None = None
 
     def __post_init__(self) -> None:

@@ -30,6 +30,8 @@ class DataloaderConfig:
     pin_memory: bool = False
     persistent_workers: bool = False
     prefetch_factor: int | None = None
+    timeout: float = 600.0
+    """Seconds without a batch after which workers count as hung and the run ends; 0 waits for ever."""
     drop_last: bool = False
     dataloader_type: str | None = None
     sampler: Any = None
@@ -48,6 +50,10 @@ class DataloaderConfig:
             )
         if self.num_workers < 0:
             raise ConfigError(f"`dataloader.num_workers` is {self.num_workers}, but it cannot be negative. Use 0.")
+        if self.timeout < 0:
+            raise ConfigError(
+                f"`dataloader.timeout` is {self.timeout:g}, but a time cannot be negative. Use 600, or 0 for no limit."
+            )
         for key in ("persistent_workers", "prefetch_factor"):
             if getattr(self, key) and self.num_workers == 0:
                 raise ConfigError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import multiprocessing
 import os
 import re
 import warnings
@@ -28,6 +29,7 @@ from nemo_automodel.components.datasets.mix import MixedRows, samples_at
 from nemo_automodel.components.datasets.packed_rows import PackedRows
 from nemo_automodel.components.datasets.packed_stream import PackedStream
 from nemo_automodel.components.datasets.streaming import IndexedStream, Stream
+from nemo_automodel.components.datasets.worker_faults import WorkerWatch
 from nemo_automodel.shared.errors import NotSupportedYetError, UserError
 
 logger = logging.getLogger(__name__)
@@ -79,13 +81,14 @@ def build_dataloader(
     }
     batch_size = local_batch_size if cfg.batch_size == "local" else cfg.batch_size
     assert batch_size is None or isinstance(batch_size, int)
+    section = "dataloader" if is_training else "validation_dataloader"
     if isinstance(dataset, IterableDataset):
         _configure_stream(dataset, cfg, seed, is_training, num_replicas, replica)
         stream_collate = None if batch_size is None else collate_fn
         options |= {"batch_size": batch_size, "collate_fn": stream_collate}
         if batch_size is not None:
             options["drop_last"] = cfg.drop_last
-        return ResumableDataLoader(dataset, None, options)
+        return ResumableDataLoader(dataset, None, options, section, cfg.timeout)
     if cfg.num_workers > 0 and isinstance(dataset, PackedRows):
         dataset.finish_before_fork()
     # packed rows all have one length
@@ -101,7 +104,7 @@ def build_dataloader(
         mixture=dataset if isinstance(dataset, MixedRows) else None,
     )
     options |= {"batch_sampler": sampler, "collate_fn": _only_item if batch_size is None else collate_fn}
-    return ResumableDataLoader(dataset, sampler, options)
+    return ResumableDataLoader(dataset, sampler, options, section, cfg.timeout)
 
 
 def _configure_stream(
@@ -138,6 +141,15 @@ def _lengths(dataset: Any) -> list[int]:
     for start in range(0, len(dataset), _LENGTHS_AT_ONCE):
         found += dataset.lengths(range(start, min(start + _LENGTHS_AT_ONCE, len(dataset))))
     return found
+
+
+def _place_of(dataset: Any, row: int) -> str:
+    """Name a row by its file and line, where the data set can tell without making it."""
+    if isinstance(dataset, TokenizedRows):
+        return dataset.rows.where(row)
+    if isinstance(dataset, MixedRows):
+        return dataset.where(row)
+    return f"row {row + 1:,}"
 
 
 class GrowingRows(Protocol):
@@ -276,7 +288,19 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
     the place before it until it is handed out.
     """
 
-    def __init__(self, dataset: Any, sampler: EpochBatchSampler | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: EpochBatchSampler | None,
+        options: dict[str, Any],
+        section: str = "dataloader",
+        timeout_s: float = 0.0,
+    ) -> None:
+        self.section = section
+        """Of the settings, for messages."""
+        self._timeout_s = timeout_s
+        self.watch = WorkerWatch([], timeout_s)
+        """Over the processes of the iteration under way."""
         self._rows, self.epoch = sampler, 0
         self._start, self._num_batches, self._is_finished = 0, 0, False
         self._has_begun, self._resumes = False, False
@@ -333,12 +357,15 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         if not self._is_waiting:
             self._live = self._begin()
         self._is_waiting = False
-        live = self._live
+        live, watch = self._live, self.watch
         assert live is not None
-        while (item := self._ahead.pop() if self._ahead else self._draw(live)) is not _END:
-            self._state_before = None
-            self._num_batches += 1
-            yield item
+        try:
+            while (item := self._ahead.pop() if self._ahead else self._draw(live)) is not _END:
+                self._state_before = None
+                self._num_batches += 1
+                yield item
+        finally:
+            watch.end()
         self._forget_ahead()  # workers end with the iteration
         self._is_finished = True
 
@@ -352,22 +379,44 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
             return iter(())
         if self._rows is not None:
             self._rows.start = self._start
+        others = set(multiprocessing.active_children())
         items: Iterator[Any] = super().__iter__()
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        if self.persistent_workers and not workers:
+            workers = self.watch.workers
+        self.watch = WorkerWatch(sorted(workers, key=lambda process: process.pid or 0), self._timeout_s)
         return items
 
-    @staticmethod
-    def _draw(items: Iterator[Any]) -> Any:
+    def _draw(self, items: Iterator[Any]) -> Any:
         """Return the next item, ``_END`` after the last one."""
         try:
-            return next(items, _END)
+            with self.watch.waiting():
+                return next(items, _END)
         except UserError as error:
             found = _OF_WORKER.fullmatch(str(error))
             if found is None:
                 raise
             raise UserError(found[1].strip()) from error
 
+    def next_worker(self) -> int | None:
+        """Return the number of the worker whose turn it is, None of streams, where one may have ended before."""
+        if self._rows is None or not self.watch.workers:
+            return None
+        return (self._num_batches + len(self._ahead)) % len(self.watch.workers)
+
+    def next_rows(self) -> str:
+        """Name the rows of the batch that comes next; nothing where they have no numbers."""
+        if self._rows is None:
+            return ""
+        numbers = self._rows.batch_at(self.epoch, self._num_done + len(self._ahead) * self._rows.piece)
+        if not numbers:
+            return ""
+        more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        return f"{_place_of(self.dataset, numbers[0])}{more}"
+
     def _forget_ahead(self) -> None:
         self._live, self._is_waiting, self._ahead, self._state_before = None, False, [], None
+        self.watch.end()
 
     def look_ahead(self) -> tuple[Any, list[int] | None] | None:
         """Return the item that comes next and the numbers of its rows (None: they have none), without moving.

@@ -69,8 +69,8 @@ class MicroBatches(Iterable[Batch]):
     """A loader whose items are lists of micro-batches, read one micro-batch at a time."""
 
     def __init__(self, loader: Iterable[list[Batch]]) -> None:
-        self._loader: Any = loader
+        self.loader: Any = loader
 
     def __iter__(self) -> Iterator[Batch]:
-        for batches in self._loader:
+        for batches in self.loader:
             yield from batches

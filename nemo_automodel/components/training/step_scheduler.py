@@ -168,7 +168,7 @@ class StepScheduler:
     def _step_in_epoch(self, step: int) -> int:
         """Return ``step`` modulo the steps of an epoch, which must have a length."""
         step -= self._num_extra_steps
-        return step if 0 <= step and self._is_longer_than(step) else step % cast("int", self.epoch_len)
+        return step if step >= 0 and self._is_longer_than(step) else step % cast("int", self.epoch_len)
 
     @property
     def num_epochs(self) -> int:

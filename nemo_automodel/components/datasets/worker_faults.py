@@ -1,0 +1,150 @@
+"""Workers of a loader that die or hang end the run with one line.
+
+A process that dies (memory ran out) is noticed by torch, by a signal that may come at any moment of the main thread, or
+by a broken pipe. One that hangs (a network drive, a deadlock in a library) is noticed by a watch: a thread that kills
+the workers when the main thread has waited longer than ``timeout`` for a batch. Torch's own time limit is not enough,
+because the main thread may stick in the middle of a message, where that limit does not count. Whatever is raised then
+names a process at best; here it becomes a message with the worker, the rows it was to bring and the ways out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Protocol
+
+from nemo_automodel.shared.errors import UserError
+
+_CAUGHT = re.compile(r"Caught \w*Error in DataLoader worker process \d+\.\s")
+_RAISED = re.compile(r"^[\w.]*Error: ", re.MULTILINE)
+_DEATH_S = 1.0
+"""How long a process whose pipe broke may take until its end is known."""
+
+
+class WorkerWatch:
+    """Kills the processes that somebody waits for longer than ``timeout_s``.
+
+    ``waiting`` is the time of a wait. The price is a thread that wakes up a few times in ``timeout_s``.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess], timeout_s: float) -> None:
+        self.workers, self.timeout_s = list(workers), timeout_s
+        self.has_killed = False
+        self._since: float | None = None
+        self._is_over = threading.Event()
+        if self.workers and timeout_s > 0:
+            threading.Thread(target=self._look, name="loader-watch", daemon=True).start()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Say that a batch is waited for."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._is_over.set()
+
+    def _look(self) -> None:
+        while not self._is_over.wait(min(self.timeout_s / 10, 5.0)):
+            since = self._since
+            if since is not None and time.monotonic() - since > self.timeout_s:
+                self.has_killed = True
+                for worker in self.workers:
+                    worker.kill()
+                return
+
+
+class WorkedLoader(Protocol):
+    """A loader as it is seen here."""
+
+    section: str
+    """Of the settings."""
+    watch: WorkerWatch
+
+    def next_worker(self) -> int | None:
+        """Return the number of the worker whose turn it is, None where that is not known."""
+
+    def next_rows(self) -> str:
+        """Name the rows of the batch that comes next, nothing where they have no numbers."""
+
+
+@contextlib.contextmanager
+def explained_faults(loaders: Sequence[WorkedLoader]) -> Iterator[None]:
+    """Turn what a dead or hung worker of these loaders leads to into one line.
+
+    Raises:
+        UserError: a worker died, hung, or found a mistake in the data.
+    """
+    try:
+        yield
+    except UserError as error:
+        message = _message_of_worker(str(error))
+        if message is None:
+            raise
+        raise type(error)(message) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        told = _explain(error, loaders)
+        if told is None:
+            raise
+        raise UserError(told) from error
+
+
+def _message_of_worker(text: str) -> str | None:
+    """Return the line that a worker raised; torch wraps it into the worker's traceback."""
+    if not _CAUGHT.match(text):
+        return None
+    *_, last = _RAISED.split(text)
+    return " ".join(last.split())
+
+
+def _explain(error: Exception, loaders: Sequence[WorkedLoader]) -> str | None:
+    """Return what happened to a worker, None where all are well."""
+    may_come = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
+    deadline = time.monotonic() + (_DEATH_S if may_come else 0.0)
+    while True:
+        for loader in loaders:
+            if loader.watch.has_killed:
+                return _of_hung_worker(loader)
+            for number, worker in enumerate(loader.watch.workers):
+                if worker.exitcode:
+                    return _of_dead_worker(loader, number, worker.exitcode)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.01)
+
+
+def _of_dead_worker(loader: WorkedLoader, number: int, status: int) -> str:
+    if status == -signal.SIGBUS:
+        how = "was killed (SIGBUS), because /dev/shm is full (df -h /dev/shm)"
+    elif status < 0:
+        how = f"was killed ({signal.Signals(-status).name}), often because memory ran out"
+    else:
+        how = f"ended with status {status}, which only code of the data set or a library does"
+    workers = loader.watch.workers
+    return (
+        f"Worker {number} of `{loader.section}` (process {workers[number].pid}) {how}. The run stops; the last "
+        f"checkpoint is untouched. Use fewer workers, --{loader.section}.num_workers {len(workers) // 2}, and start "
+        "again to go on."
+    )
+
+
+def _of_hung_worker(loader: WorkedLoader) -> str:
+    number, rows, seconds = loader.next_worker(), loader.next_rows(), loader.watch.timeout_s
+    workers = f"The workers of `{loader.section}` have"
+    if number is not None:
+        workers = f"Worker {number} of `{loader.section}` (process {loader.watch.workers[number].pid}) has"
+    to_bring = f" It was to bring {rows}." if rows else ""
+    return (
+        f"{workers} brought no batch for {seconds:g} s.{to_bring} The run stops; the last checkpoint is untouched. "
+        f"Look at what these rows wait for (a network drive, a lock), read without workers, "
+        f"--{loader.section}.num_workers 0, or wait longer, --{loader.section}.timeout {seconds * 6:g}"
+    )
