@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,23 @@ class ModelFiles:
         saved, report = loaded
         live, other = self.model.state_dict(), saved.state_dict()
         shapes, other_shapes = ({n: t.shape for n, t in state.items()} for state in (live, other))
-        if report["missing_keys"] or report["mismatched_keys"] or shapes != other_shapes:
+        different = [
+            *(f"`{name}` is missing" for name in sorted(report["missing_keys"])),
+            *(f"`{name}` is not the model's" for name in sorted(report["unexpected_keys"])),
+            *(f"`{name}` is {list(there)} there and {list(here)} here" for name, there, here in _mismatches(report)),
+        ]
+        if different or shapes != other_shapes:
+            first = f"{different[0]} ({len(different)} such). " if different else ""
             raise UserError(
-                f"The weights in `{directory}` are not those of this model. Use the configuration they were saved "
-                "with, or another checkpoint."
+                f"The weights in `{directory}` are not those of this model. {first}Use the configuration they were "
+                "saved with, or another checkpoint."
             )
         self.model.load_state_dict(other)
+
+
+def _mismatches(report: dict[str, Any]) -> list[tuple[str, Sequence[int], Sequence[int]]]:
+    """Return name, shape in the file and shape in the model of tensors that differ in it."""
+    return sorted((name, tuple(there), tuple(here)) for name, there, here in report["mismatched_keys"])
 
 
 def read_adapter_weights(directory: Path) -> dict[str, torch.Tensor]:
