@@ -456,7 +456,7 @@ class BaseRecipe:
     def _save(self, step: Step, losses: Mapping[str, float]) -> None:
         """Save, and go on without when that fails, unless it was the last chance of this session."""
         self.loggers.sync()
-        state = self.state(self.resume_check.witness(self._last_batches))
+        state = self.state(self.resume_check.witness(self._last_batches, step.is_preempted))
         try:
             self.checkpointer.save(step.index, step.epoch, state, losses, is_last_step=step.is_last)
             if step.is_last or step.is_preempted:

@@ -57,14 +57,14 @@ class ResumeCheck:
     def __init__(self, policy: str, engine: EagerEngine, model: PreTrainedModel, loader: Any) -> None:
         self.policy, self._engine, self._model, self._loader = policy, engine, model, loader
 
-    def witness(self, last_batches: Sequence[Batch]) -> Witness | None:
+    def witness(self, last_batches: Sequence[Batch], is_hurried: bool = False) -> Witness | None:
         """Return what a checkpoint saved now should remember; ``last_batches`` are those just trained on.
 
-        None where the check is off.
+        ``is_hurried``: the run has to stop, so no worker is waited for. None where the check is off.
         """
         if self.policy == "off":
             return None
-        item, numbers = self._next_item()
+        item, numbers = self._next_item(may_draw=not is_hurried)
         batches = list(last_batches) if item is None else item
         labelled = [batch for batch in batches if count_label_tokens([batch])] or batches
         return Witness(
@@ -77,12 +77,12 @@ class ResumeCheck:
             surroundings=self._surroundings(),
         )
 
-    def _next_item(self) -> tuple[list[Batch] | None, list[int] | None]:
+    def _next_item(self, may_draw: bool = True) -> tuple[list[Batch] | None, list[int] | None]:
         """Return the micro-batches that come next and the numbers of their rows, as far as they can be told."""
         if not isinstance(self._loader, ResumableDataLoader):
             return None, None
         with ScopedRNG(0):  # whatever drawing takes is put back
-            found = self._loader.look_ahead()
+            found = self._loader.look_ahead(may_draw)
         if found is None:
             return None, None
         item, numbers = found
@@ -168,7 +168,10 @@ class ResumeCheck:
     def _compare_data(self, witness: Witness) -> tuple[bool, str]:
         """Return whether the next batch is the recorded one, and a sentence."""
         if not witness.is_next:
-            return True, "What comes next could not be told at the save (a stream at the end of an epoch)."
+            return (
+                True,
+                "What comes next could not be told at the save (of a stream, at the end of an epoch or at a signal).",
+            )
         item, numbers = self._next_item()
         recorded = witness.digest[:_NUM_DIGITS]
         if item is None:

@@ -115,3 +115,21 @@ def test_what_was_seen_is_forgotten_with_its_epoch():
     loader.look_ahead()
     loader.set_epoch(1)
     assert list(loader) == read(build("stream"), 1, lambda _: False)[0][0]
+
+
+def test_looking_without_waiting_for_workers():
+    """Rows with numbers are made at once, in mid-epoch and at its end; a stream tells what was drawn before."""
+    plain, _, _ = read(build("rows in workers"), 0, lambda _: False)
+    loader, stream = build("rows in workers"), build("stream in workers")
+    for place in (0, 5):
+        for some in (loader, stream):
+            some.set_epoch(0)
+        items = iter(loader)
+        for _ in range(place + 1):
+            next(items)
+        following = [*itertools.chain(*plain)][place + 1]
+        assert loader.look_ahead(may_draw=False) == (following, following)
+    assert stream.look_ahead(may_draw=False) is None
+    seen = stream.look_ahead()
+    assert seen is not None
+    assert stream.look_ahead(may_draw=False) == seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -129,6 +130,38 @@ def test_a_negative_time():
         DataloaderConfig(timeout=-1)
 
 
+def _start(path: Path, output) -> subprocess.Popen:
+    """Start the program as the leader of its own group of processes, as a terminal and a cluster do."""
+    return subprocess.Popen(
+        [sys.executable, TRAIN_FT, "-c", path], stdout=output, stderr=output, start_new_session=True
+    )
+
+
+def _wait_for_records(log: Path, process: subprocess.Popen, num: int) -> None:
+    while not (log.exists() and log.read_text().count("\n") > num):
+        assert process.poll() is None, log.parent.with_name("output").read_text()
+        time.sleep(0.05)
+
+
+def test_a_signal_to_all_processes_leaves_a_checkpoint(make_config, tmp_path):
+    """Ctrl-C of a terminal and the signal of a cluster reach workers too; those of a resumed run start earlier."""
+    config = make_config(
+        step_scheduler__max_steps=100_000, step_scheduler__num_epochs=100_000, optimizer__lr=0.0, lr_scheduler=None
+    )
+    path, log = tmp_path / "config.yaml", tmp_path / "run" / "training.jsonl"
+    path.write_text(yaml.safe_dump(config))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        num_before = log.read_text().count("\n") if log.exists() else 0
+        with (tmp_path / "output").open("w") as output:
+            process = _start(path, output)
+            _wait_for_records(log, process, num_before + 2)
+            os.killpg(process.pid, number)
+            assert process.wait(timeout=60) == 0, (tmp_path / "output").read_text()
+        last = json.loads(log.read_text().splitlines()[-1])
+        assert (tmp_path / "run" / "LATEST").resolve().name == f"epoch_{last['epoch']}_step_{last['step']}"
+    assert "bit for bit as at the save" in (tmp_path / "output").read_text()
+
+
 def _children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -149,10 +182,8 @@ def test_the_program_ends_with_one_line(make_config, tmp_path, number, said):
     path, log = tmp_path / "config.yaml", tmp_path / "run" / "training.jsonl"
     path.write_text(yaml.safe_dump(config))
     with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen([sys.executable, TRAIN_FT, "-c", path], stdout=output, stderr=output)
-        while not (log.exists() and log.read_text().count("\n") > 2):
-            assert process.poll() is None, (tmp_path / "output").read_text()
-            time.sleep(0.05)
+        process = _start(path, output)
+        _wait_for_records(log, process, 2)
         (worker,) = _children(process.pid)
         os.kill(worker, number)
         assert process.wait(timeout=60) == 2
@@ -161,3 +192,22 @@ def test_the_program_ends_with_one_line(make_config, tmp_path, number, said):
     assert said in written.splitlines()[-1]
     assert "Traceback" not in written
     assert not Path(f"/proc/{worker}").exists()
+
+
+def test_workers_of_an_iteration_that_fails_at_its_start_do_not_keep_the_program():
+    """They ignore SIGTERM, so nothing else would end them."""
+    code = (
+        "from torch.utils.data import IterableDataset\n"
+        "from nemo_automodel.components.datasets.config import DataloaderConfig\n"
+        "from nemo_automodel.components.datasets.loader import build_dataloader\n"
+        "class Rows(IterableDataset):\n"
+        "    def __iter__(self): return iter([{'input_ids': [1]}] * 9)\n"
+        "options = {'local_batch_size': 1, 'collate_fn': list, 'seed': 0, 'is_training': True}\n"
+        "loader = build_dataloader(Rows(), DataloaderConfig(num_workers=1), **options)\n"
+        "state = {'epoch': 0, 'is_finished': False, 'stream': {'_snapshot': {'_main_snapshot': {'_num_workers': 2}}}}\n"
+        "loader.load_state_dict(state)\n"
+        "next(iter(loader))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].partition(":")[0] in ("KeyError", "AssertionError")

@@ -96,7 +96,7 @@ def test_a_good_resume_says_so_and_changes_nothing(run, tmp_path, data, caplog, 
         assert f"the next batch is the recorded one ({witness.digest[:12]}, " in said
     else:
         assert (stop, "dataset" in options) == (5, True), "only the end of a stream is not told"
-        assert "What comes next could not be told at the save (a stream at the end of an epoch)." in said
+        assert "What comes next could not be told at the save (of a stream, at the end of an epoch" in said
     assert f"The loss of the recorded batch is {witness.loss:.6f}, bit for bit as at the save." in said
     assert not (tmp_path / "whole" / "LATEST" / "resume").exists()
 
@@ -312,6 +312,25 @@ def test_what_stays_exact_is_said(run, caplog, changed, said):
     caplog.set_level(logging.INFO)
     assert len(run(3, **changed, checkpoint__restore_from="LATEST")) == 3
     assert said in caplog.text
+
+
+def test_a_stream_refuses_another_number_of_workers(run, data):
+    dataset = {**STREAMED["dataset"], "path_or_dataset_id": str(data / "train.jsonl")}
+    run(2, dataset=dataset, dataloader={"num_workers": 2})
+    message = (
+        "`dataloader.num_workers` is 1, but each of 2 workers kept its own place in the stream. Go on with "
+        "--dataloader.num_workers 2"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        run(3, dataset=dataset, dataloader={"num_workers": 1}, checkpoint__restore_from="LATEST")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_another_number_of_workers_changes_nothing_for_rows(run, num_workers):
+    whole = run(5, "whole")
+    run(2, "cut", dataloader={"num_workers": 1})
+    options = {"dataloader": {"num_workers": num_workers}, "checkpoint__restore_from": "LATEST"}
+    assert run(5, "cut", **options) == whole
 
 
 def test_another_loss_that_the_user_asked_for_is_a_warning(run, caplog):

@@ -29,7 +29,7 @@ from nemo_automodel.components.datasets.mix import MixedRows, samples_at
 from nemo_automodel.components.datasets.packed_rows import PackedRows
 from nemo_automodel.components.datasets.packed_stream import PackedStream
 from nemo_automodel.components.datasets.streaming import IndexedStream, Stream
-from nemo_automodel.components.datasets.worker_faults import WorkerWatch
+from nemo_automodel.components.datasets.worker_faults import WorkerWatch, leave_signals_to_parent
 from nemo_automodel.shared.errors import NotSupportedYetError, UserError
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def build_dataloader(
         "pin_memory": cfg.pin_memory and torch.cuda.is_available(),
         "persistent_workers": cfg.persistent_workers,
         "prefetch_factor": cfg.prefetch_factor,
+        "worker_init_fn": leave_signals_to_parent if cfg.num_workers > 0 else None,
         # without a generator of its own, every start of an iteration would draw from the one that dropout uses
         "generator": torch.Generator().manual_seed(seed),
     }
@@ -380,11 +381,13 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         if self._rows is not None:
             self._rows.start = self._start
         others = set(multiprocessing.active_children())
-        items: Iterator[Any] = super().__iter__()
-        workers = [process for process in multiprocessing.active_children() if process not in others]
-        if self.persistent_workers and not workers:
-            workers = self.watch.workers
-        self.watch = WorkerWatch(sorted(workers, key=lambda process: process.pid or 0), self._timeout_s)
+        try:
+            items: Iterator[Any] = super().__iter__()
+        finally:  # also what an error on the way leaves behind
+            workers = [process for process in multiprocessing.active_children() if process not in others]
+            if self.persistent_workers and not workers:
+                workers = self.watch.workers
+            self.watch = WorkerWatch(sorted(workers, key=lambda process: process.pid or 0), self._timeout_s)
         return items
 
     def _draw(self, items: Iterator[Any]) -> Any:
@@ -418,19 +421,22 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         self._live, self._is_waiting, self._ahead, self._state_before = None, False, [], None
         self.watch.end()
 
-    def look_ahead(self) -> tuple[Any, list[int] | None] | None:
+    def look_ahead(self, may_draw: bool = True) -> tuple[Any, list[int] | None] | None:
         """Return the item that comes next and the numbers of its rows (None: they have none), without moving.
 
         At the end of an epoch it is the first one of the next epoch; of a stream, whose next epoch can only be known by
-        reading it, there is none then.
+        reading it, there is none then. With ``may_draw`` false workers are not waited for: rows with numbers are made
+        here, and of a stream there is none.
         """
         numbers = None
         if self._rows is not None:
             numbers = self._rows.batch_at(self.epoch, self._num_done)
-            if not numbers:
-                numbers = self._rows.batch_at(self.epoch + 1, 0)
+            if not numbers or not (may_draw or self._ahead):
+                numbers = numbers or self._rows.batch_at(self.epoch + 1, 0)
                 return self.collate_fn(samples_at(self.dataset, numbers)), numbers
         if not self._ahead:
+            if not may_draw:
+                return None
             before = self.state_dict()
             if self._live is None:
                 self._live, self._is_waiting = self._begin(), True
@@ -472,7 +478,8 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
             return self._state_before
         state: dict[str, Any] = {"epoch": self.epoch, "is_finished": self._is_finished}
         if self._rows is None:
-            return {**state, "stream": super().state_dict() if self._has_begun else self.next_iter_state or {}}
+            stream = super().state_dict() if self._has_begun else self.next_iter_state or {}
+            return {**state, "num_workers": self.num_workers, "stream": stream}
         done = self._num_done
         if not self._rows.rows.is_complete:
             return {**state, "num_rows_done": done, "num_rows": None}
@@ -482,8 +489,14 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
         """Go to a place at the next iteration.
 
         Raises:
-            UserError: the data set has another number of rows than when the state was taken.
+            UserError: the data set has another number of rows than when the state was taken, or the stream another
+                number of workers.
         """
+        if self._rows is None and state.get("num_workers", self.num_workers) != self.num_workers:
+            raise UserError(
+                f"`{self.section}.num_workers` is {self.num_workers}, but each of {state['num_workers']} workers kept "
+                f"its own place in the stream. Go on with --{self.section}.num_workers {state['num_workers']}"
+            )
         self.set_epoch(state["epoch"])
         self._forget_ahead()
         self._is_finished, self._has_begun, self._resumes = state["is_finished"], False, True

@@ -9,11 +9,13 @@ names a process at best; here it becomes a message with the worker, the rows it 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import re
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Protocol
@@ -26,6 +28,16 @@ _DEATH_S = 1.0
 """How long a process whose pipe broke may take until its end is known."""
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a worker live through signals that stop a run: the run still wants a checkpoint, and maybe a batch for it.
+
+    Ctrl-C reaches every process of a terminal, and a cluster's SIGTERM every process of a job. A worker ends when its
+    parent tells it to or is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class WorkerWatch:
     """Kills the processes that somebody waits for longer than ``timeout_s``.
 
@@ -35,6 +47,7 @@ class WorkerWatch:
     def __init__(self, workers: Sequence[BaseProcess], timeout_s: float) -> None:
         self.workers, self.timeout_s = list(workers), timeout_s
         self.has_killed = False
+        _watches.add(self)
         self._since: float | None = None
         self._is_over = threading.Event()
         if self.workers and timeout_s > 0:
@@ -53,6 +66,19 @@ class WorkerWatch:
         """Stop watching."""
         self._is_over.set()
 
+    def kill(self) -> None:
+        """End all processes at once and wait for that: one that hangs would keep the program from ending."""
+        self.end()
+        is_main = threading.current_thread() is threading.main_thread()
+        # torch raises an error from its handler where a worker is killed, whoever did it
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main else None
+        for worker in self.workers:
+            worker.kill()
+        for worker in self.workers:
+            worker.join(_DEATH_S)
+        if is_main:
+            signal.signal(signal.SIGCHLD, handler)
+
     def _look(self) -> None:
         while not self._is_over.wait(min(self.timeout_s / 10, 5.0)):
             since = self._since
@@ -61,6 +87,16 @@ class WorkerWatch:
                 for worker in self.workers:
                     worker.kill()
                 return
+
+
+_watches: weakref.WeakSet[WorkerWatch] = weakref.WeakSet()
+
+
+@atexit.register
+def _kill_all() -> None:
+    """End what is left at the end of the program, which would wait for processes that hang and ignore SIGTERM."""
+    for watch in list(_watches):
+        watch.kill()
 
 
 class WorkedLoader(Protocol):
@@ -79,23 +115,32 @@ class WorkedLoader(Protocol):
 
 @contextlib.contextmanager
 def explained_faults(loaders: Sequence[WorkedLoader]) -> Iterator[None]:
-    """Turn what a dead or hung worker of these loaders leads to into one line.
+    """Turn what a dead or hung worker of these loaders leads to into one line; none of them is left after an error.
 
     Raises:
         UserError: a worker died, hung, or found a mistake in the data.
     """
     try:
         yield
-    except UserError as error:
-        message = _message_of_worker(str(error))
-        if message is None:
-            raise
-        raise type(error)(message) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except BaseException as error:
         told = _explain(error, loaders)
+        for loader in loaders:
+            loader.watch.kill()
         if told is None:
             raise
-        raise UserError(told) from error
+        raise told from error
+
+
+def _explain(error: BaseException, loaders: Sequence[WorkedLoader]) -> UserError | None:
+    """Return what a worker has to do with an error, None where it is what it seems."""
+    if isinstance(error, UserError):
+        message = _message_of_worker(str(error))
+        return None if message is None else type(error)(message)
+    if not isinstance(error, RuntimeError | EOFError | OSError):
+        return None
+    may_come = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
+    message = _end_of_worker(loaders, _DEATH_S if may_come else 0.0)
+    return None if message is None else UserError(message)
 
 
 def _message_of_worker(text: str) -> str | None:
@@ -106,10 +151,9 @@ def _message_of_worker(text: str) -> str | None:
     return " ".join(last.split())
 
 
-def _explain(error: Exception, loaders: Sequence[WorkedLoader]) -> str | None:
+def _end_of_worker(loaders: Sequence[WorkedLoader], patience_s: float) -> str | None:
     """Return what happened to a worker, None where all are well."""
-    may_come = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
-    deadline = time.monotonic() + (_DEATH_S if may_come else 0.0)
+    deadline = time.monotonic() + patience_s
     while True:
         for loader in loaders:
             if loader.watch.has_killed:
