@@ -13,6 +13,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ from nemo_automodel.components.datasets.mix import MixedRows, samples_at
 from nemo_automodel.components.datasets.packed_rows import PackedRows
 from nemo_automodel.components.datasets.packed_stream import PackedStream
 from nemo_automodel.components.datasets.streaming import IndexedStream, Stream
-from nemo_automodel.components.datasets.worker_faults import WorkerWatch, leave_signals_to_parent, message_of_worker
+from nemo_automodel.components.datasets.worker_faults import WorkerWatch, leave_signals_to_parent
 from nemo_automodel.shared.errors import NotSupportedYetError, UserError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 # rows sorted together by group_by_length, in batches: long enough to find equals, short enough to stay shuffled
 _BATCHES_SORTED_TOGETHER = 50
 _LENGTHS_AT_ONCE = 1000
+# what a worker makes of an error: its whole traceback, with the message at the end
+_OF_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n.*\n[\w.]+Error: (.*)", re.DOTALL)
 _END = object()
 """Stands for an item where there is none left."""
 
@@ -393,10 +396,10 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
             with self.watch.waiting():
                 return next(items, _END)
         except UserError as error:
-            told = message_of_worker(str(error))
-            if told is None:
+            found = _OF_WORKER.fullmatch(str(error))
+            if found is None:
                 raise
-            raise type(error)(told) from error
+            raise UserError(found[1].strip()) from error
 
     def next_worker(self) -> int | None:
         """Return the number of the worker whose turn it is, None of streams, where one may have ended before."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import re
 import signal
 import threading
 import time
@@ -22,8 +21,6 @@ from typing import Protocol
 
 from nemo_automodel.shared.errors import UserError
 
-_CAUGHT = re.compile(r"Caught \w*Error in DataLoader worker process \d+\.\s")
-_RAISED = re.compile(r"^[\w.]*Error: ", re.MULTILINE)
 _DEATH_S = 1.0
 """How long a process whose pipe broke may take until its end is known."""
 
@@ -36,6 +33,19 @@ def leave_signals_to_parent(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _deaths_raise_nothing() -> Iterator[None]:
+    """Keep torch's handler from raising an error where a worker dies: this one is known, or wanted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class WorkerWatch:
@@ -69,15 +79,11 @@ class WorkerWatch:
     def kill(self) -> None:
         """End all processes at once and wait for that: one that hangs would keep the program from ending."""
         self.end()
-        is_main = threading.current_thread() is threading.main_thread()
-        # torch raises an error from its handler where a worker is killed, whoever did it
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main else None
-        for worker in self.workers:
-            worker.kill()
-        for worker in self.workers:
-            worker.join(_DEATH_S)
-        if is_main:
-            signal.signal(signal.SIGCHLD, handler)
+        with _deaths_raise_nothing():
+            for worker in self.workers:
+                worker.kill()
+            for worker in self.workers:
+                worker.join(_DEATH_S)
 
     def _look(self) -> None:
         while not self._is_over.wait(min(self.timeout_s / 10, 5.0)):
@@ -118,14 +124,15 @@ def explained_faults(loaders: Sequence[WorkedLoader]) -> Iterator[None]:
     """Turn what a dead or hung worker of these loaders leads to into one line; none of them is left after an error.
 
     Raises:
-        UserError: a worker died, hung, or found a mistake in the data.
+        UserError: a worker died or hung.
     """
     try:
         yield
     except BaseException as error:
-        told = _explain(error, loaders)
-        for loader in loaders:
-            loader.watch.kill()
+        with _deaths_raise_nothing():
+            told = _explain(error, loaders)
+            for loader in loaders:
+                loader.watch.kill()
         if told is None:
             raise
         raise told from error
@@ -133,22 +140,11 @@ def explained_faults(loaders: Sequence[WorkedLoader]) -> Iterator[None]:
 
 def _explain(error: BaseException, loaders: Sequence[WorkedLoader]) -> UserError | None:
     """Return what a worker has to do with an error, None where it is what it seems."""
-    if isinstance(error, UserError):
-        message = message_of_worker(str(error))
-        return None if message is None else type(error)(message)
     if not isinstance(error, RuntimeError | EOFError | OSError):
         return None
     may_come = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
     message = _end_of_worker(loaders, _DEATH_S if may_come else 0.0)
     return None if message is None else UserError(message)
-
-
-def message_of_worker(text: str) -> str | None:
-    """Return the line that a worker raised; torch wraps it into the worker's traceback."""
-    if not _CAUGHT.match(text):
-        return None
-    *_, last = _RAISED.split(text)
-    return " ".join(last.split())
 
 
 def _end_of_worker(loaders: Sequence[WorkedLoader], patience_s: float) -> str | None:
