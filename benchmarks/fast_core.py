@@ -12,7 +12,8 @@ fp32 ("emulated"), so that a fault of the computation shows apart from the schem
 **Steps**: whole optimizer steps of LoRA training, r 16 on all linear layers, 16 micro-batches of 2 × 4096 random tokens
 over the full vocabulary, every token labelled, clipping and AdamW inside the clock, weights made on the device: the
 fast path, the same with 8-bit weights, and Hugging Face's layers with this project's adapters, SDPA and the default
-loss; ``--cases "fast:swiglu_products=0"`` makes another choice of `fast/choices.py`. TFLOP/s are hardware operations by
+loss; ``--cases "fast:swiglu_products=0"`` makes another choice of `fast/choices.py`, ``fp8:copies=1``,
+``fp8:by_rows=0`` or ``fp8:rounds_in_norm=0`` another scheme of the base in 8 bits. TFLOP/s are hardware operations by
 the formula in `lora_flops_per_token`; a rate above the device's peak is refused. Exit status 1 when a check fails.
 
 `--device cpu --small` runs the script itself on any machine.
@@ -46,9 +47,10 @@ from nemo_automodel.components.distributed.grad import clip_grad_norm
 from nemo_automodel.components.fast.choices import DEFAULT, Choices
 from nemo_automodel.components.fast.decoder_layer import speed_up
 from nemo_automodel.components.fast.final_norm import speed_up_norm
-from nemo_automodel.components.fast.names import Adapter
+from nemo_automodel.components.fast.fp8_store import Fp8Scheme, Fp8Store
+from nemo_automodel.components.fast.names import Adapter, Slot
 from nemo_automodel.components.fast.watch import Watch
-from nemo_automodel.components.fast.weight_store import DenseStore, Fp8Store, WeightStore
+from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.components.training import flops
 from nemo_automodel.components.training.flops import StepSize
@@ -138,13 +140,53 @@ def check_kernels(device: str, failures: list[str]) -> dict[str, float]:
         (torch.empty(x.shape, dtype=torch.float8_e4m3fn, device="cuda"), torch.empty(len(x), 1, device="cuda"))
         for _ in range(2)
     ]
-    fp8.quantize_rows_triton(x, None, *results[0])
-    fp8.quantize_rows_reference(x, None, *results[1])
+    factor = torch.rand(x.shape[1], device="cuda")
+    fp8.quantize_rows_triton(x, factor, *results[0])
+    fp8.quantize_rows_reference(x, factor, *results[1])
     differ = float((results[0][0].float() != results[1][0].float()).float().mean())
     print(f"kernel fp8 quantize: {differ:.2e} of the numbers differ from the plain form (ties)")
     if differ > 1e-3:
         failures.append(f"kernel fp8 quantize: {differ:.2e} of the numbers differ")
+    turned = torch.empty(x.shape[::-1], dtype=torch.float8_e4m3fn, device="cuda")
+    fp8.transpose_bytes(results[0][0], turned)
+    if not torch.equal(turned.view(torch.uint8), results[0][0].view(torch.uint8).t()):
+        failures.append("kernel fp8 transpose: bytes differ")
+    weight, rounded = torch.rand(x.shape[1], device="cuda").bfloat16(), fp8.Rounded.room(*x.shape, x.device)
+    normed, _ = norm.rms_norm(x, weight, 1e-5, rounded=rounded)
+    for inside, apart in zip((rounded.data_MK, rounded.scale_M1), fp8.quantize_rows(normed), strict=True):
+        if not torch.equal(inside.view(torch.uint8), apart.view(torch.uint8)):
+            failures.append("kernel norm with rounding: differs from two steps")
+    check_copies(failures)
     return ratios
+
+
+def check_copies(failures: list[str]) -> None:
+    """Compare one stored copy with two: the same bytes must meet the same gradients. Time the transposition."""
+    linear = nn.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    x, dy = _random(8192, 4096), _random(8192, 14336)
+    found = []
+    for copies in (2, 1):
+        store = Fp8Store.under(Fp8Scheme(copies=copies))([Slot("up_proj", copy.deepcopy(linear), None)])
+        found.append((store.forward_pending(x, None), store.dgrad(dy, None)))
+    exact = x.float() @ linear.weight.float().t(), dy.float() @ linear.weight.float()
+    same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    errors = [relative_error(a, b) for a, b in zip(found[0], exact, strict=True)]
+    print(
+        f"fp8 store: error forward {errors[0]:.4f}, backward {errors[1]:.4f}; one copy is {'' if same else 'NOT '}two"
+    )
+    if not same or max(errors) > 0.045:
+        failures.append(f"fp8 store: copies agree: {same}, errors {errors}")
+    weight = torch.empty(28672, 4096, dtype=torch.float8_e4m3fn, device="cuda")
+    out = torch.empty(4096, 28672, dtype=torch.float8_e4m3fn, device="cuda")
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    fp8.transpose_bytes(weight, out)
+    events[0].record()
+    for _ in range(20):
+        fp8.transpose_bytes(weight, out)
+    events[1].record()
+    torch.cuda.synchronize()
+    ms = events[0].elapsed_time(events[1]) / 20
+    print(f"fp8 transpose: {ms:.3f} ms for 28672 x 4096, {2 * weight.numel() / ms / 1e9:.2f} TB/s")
 
 
 def _nan(*shape: int) -> torch.Tensor:
@@ -341,23 +383,6 @@ def make_fast(model: nn.Module, store: type[WeightStore] = DenseStore, choices: 
     speed_up_norm(model.model.norm)  # type: ignore[union-attr, arg-type]
 
 
-class EmulatedStore(Fp8Store):
-    """The roundings of `Fp8Store` with the products in fp32: what the scheme costs, apart from how it is computed."""
-
-    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
-        """Return the outputs of the base weights."""
-        return self._product(x_TM, self._forward_NK, self._forward_scale_N1)
-
-    def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
-        """Return the gradient through the base weights, and the adapters' share."""
-        dx_TK = self._product(dy_TM, self._backward_KN, self._backward_scale_K1)
-        return dx_TK, None if dlow_TR is None else self._dgrad_update(dlow_TR)
-
-    def _product(self, x_TM: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        x, x_scale = fp8.quantize_rows(x_TM)
-        return (x.float() * x_scale) @ (weight.float() * scale).t()
-
-
 def agreement(result: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
     """Return the cosine and the ratio of the norms."""
     a, b = result.double().flatten(), wanted.double().flatten()
@@ -382,7 +407,7 @@ def check_layer(family: str, args: argparse.Namespace, failures: list[str]) -> d
     positions = torch.arange(seq, device=device)[None]
     results = {}
     models = {"oracle": model, "emulated": copy.deepcopy(model)}
-    make_fast(models["emulated"], EmulatedStore)
+    make_fast(models["emulated"], Fp8Store.under(Fp8Scheme(emulate=True)))
     for name in ("oracle", "emulated", "plain", "fast", "fp8"):
         if name == "plain":
             for n, p in models["oracle"].named_parameters():
@@ -449,11 +474,17 @@ def time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-def read_case(case: str) -> tuple[str, Choices]:
-    """Read ``fast``, ``fp8`` or ``plain``, with choices behind a colon: ``fp8:swiglu_products=0;down_in_depth=1``."""
+def read_case(case: str) -> tuple[str, type[WeightStore], Choices]:
+    """Read ``fast``, ``fp8`` or ``plain``, with choices behind a colon: ``fp8:swiglu_products=0;copies=1``."""
     path, _, rest = case.partition(":")
-    values = {name: bool(int(value)) for name, _, value in (part.partition("=") for part in rest.split(";") if part)}
-    return path, dataclasses.replace(DEFAULT, **values)
+    values = {name: int(value) for name, _, value in (part.partition("=") for part in rest.split(";") if part)}
+    scheme = Fp8Scheme(
+        by_rows=bool(values.pop("by_rows", 1)),
+        copies=values.pop("copies", 2),
+        rounds_in_norm=bool(values.pop("rounds_in_norm", 1)),
+    )
+    choices = dataclasses.replace(DEFAULT, **{name: bool(value) for name, value in values.items()})
+    return path, Fp8Store.under(scheme) if path == "fp8" else DenseStore, choices
 
 
 def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -471,9 +502,9 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
         layer.lora_A.weight.requires_grad_()
         layer.lora_B.weight.requires_grad_()
     model.train()
-    path, choices = read_case(case)
+    path, store, choices = read_case(case)
     if path != "plain":
-        make_fast(model, Fp8Store if path == "fp8" else DenseStore, choices)
+        make_fast(model, store, choices)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     batches = [torch.randint(0, config.vocab_size, (args.rows, seq_len), device=device) for _ in range(8)]

@@ -5,7 +5,8 @@
 2. freeze what ``freeze_config`` names;
 3. put adapters on whatever linear layers are there, packed or not;
 4. move to the device, unless the weights were read straight onto it;
-5. put fast decoder layers in where they apply (`fast_layers`), which recompute activations themselves;
+5. put fast decoder layers in where they apply (`fast_layers`), in 8 bits if asked (`fp8_base`); they recompute
+   activations themselves;
 6. take the embedding to the host if asked;
 7. have other layers recompute activations in the backward pass;
 8. compile.
@@ -25,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_automodel._transformers import quantized_load
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
+from nemo_automodel._transformers.fp8_base import Fp8Plan
 from nemo_automodel._transformers.host_embedding import keep_on_host
 from nemo_automodel._transformers.kernel_choice import KernelRequest
 from nemo_automodel._transformers.model_source import readable_errors
@@ -68,6 +70,7 @@ class AssemblyPlan:
     autocast_dtype: str | None = None
     kernels: KernelRequest = field(default_factory=KernelRequest)
     quantization: Quantization | None = None
+    fp8: Fp8Plan | None = None
     freeze: dict[str, bool] = field(default_factory=dict)
     peft: PeftConfig | None = None
     activation_checkpointing: str = "none"
@@ -110,6 +113,7 @@ def _fast_request(plan: AssemblyPlan) -> FastRequest:
         autocast_dtype=plan.autocast_dtype,
         asks_attention=plan.asks_attention,
         kernels=plan.kernels,
+        fp8=plan.fp8,
     )
 
 

@@ -15,6 +15,7 @@ import transformers
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers.assemble import AssemblyPlan, assemble
+from nemo_automodel._transformers.fp8_base import resolve_fp8
 from nemo_automodel._transformers.kernel_choice import KernelRequest
 from nemo_automodel._transformers.model_source import (
     check_local_model,
@@ -32,7 +33,7 @@ from nemo_automodel._transformers.options import (
 )
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components.fast.config import parse_kernels
-from nemo_automodel.components.quantization.config import CompileConfig, QuantizationConfig
+from nemo_automodel.components.quantization.config import CompileConfig, FP8Config, QuantizationConfig
 from nemo_automodel.shared.backend import BackendConfig
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import UserError
@@ -80,7 +81,7 @@ class _NeMoAutoModel:
         distributed_setup: Any = None,
         device_mesh: Any = None,
         qat_config: Any = None,
-        fp8_config: Any = None,
+        fp8_config: FP8Config | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load a model from a directory or from the Hub.
@@ -89,13 +90,13 @@ class _NeMoAutoModel:
         the first GPU, else the CPU. ``activation_checkpointing`` is ``none``, ``selective`` or ``full``.
         ``compile_config`` compiles the whole model, ``compile_layers`` each decoder layer. ``fast_layers`` is ``auto``,
         ``on`` or ``off``: decoder layers in their fast form, see docs/performance.md; ``force_hf`` turns it off as
-        well. ``embeddings_on_host`` keeps the frozen input embedding in the host's memory. ``kernels`` is ``measure``,
-        ``defaults`` or a mapping, see there; ``kernel_record`` what an earlier run of the same job measured, and
-        ``row_shape`` the rows and positions of the batches to come, if they are all alike. ``autocast_dtype`` says that
-        the caller computes under autocast. The liger and SDPA keys, ``backend``,
-        ``has_packed_sequence`` and ``output_hidden_states`` are accepted and change nothing. ``kwargs``:
-        ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``, ``force_download``, or keys of
-        config.json to override.
+        well. ``fp8_config`` stores the frozen base under an adapter in 8 bits. ``embeddings_on_host`` keeps the frozen
+        input embedding in the host's memory. ``kernels`` is ``measure``, ``defaults`` or a mapping, see there;
+        ``kernel_record`` what an earlier run of the same job measured, and ``row_shape`` the rows and positions of the
+        batches to come, if they are all alike. ``autocast_dtype`` says that the caller computes under autocast. The
+        liger and SDPA keys, ``backend``, ``has_packed_sequence`` and ``output_hidden_states`` are accepted and change
+        nothing. ``kwargs``: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``,
+        ``force_download``, or keys of config.json to override.
 
         Raises:
             UserError: every mistake of the caller, in one line: no such model, incomplete files, unknown keys or
@@ -135,6 +136,7 @@ class _NeMoAutoModel:
     ) -> PreTrainedModel:
         device = resolve_device(options.device)
         quantization = resolve_quantization(options.quantization_config, options.peft_config is not None)
+        fp8 = resolve_fp8(options.fp8_config, options.peft_config is not None, device)
         hub = options.take_hub_keywords()
         if not has_random_weights and Path(name).is_dir():
             check_local_model(Path(name) / hub.get("subfolder", ""))
@@ -161,6 +163,7 @@ class _NeMoAutoModel:
             autocast_dtype=options.autocast_dtype,
             kernels=KernelRequest(parse_kernels(options.kernels), options.kernel_record, options.row_shape),
             quantization=quantization,
+            fp8=fp8,
             freeze=options.freeze_config or {},
             peft=options.peft_config,
             activation_checkpointing=options.activation_checkpointing,

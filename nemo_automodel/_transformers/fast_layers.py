@@ -14,6 +14,7 @@ Transformers' modules, which hold the same weights.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType
@@ -26,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
 from nemo_automodel._transformers.fast_linears import fuse_adapters
+from nemo_automodel._transformers.fp8_base import Fp8Packer, Fp8Plan
 from nemo_automodel._transformers.kernel_choice import KernelRequest, choose_kernels
 from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
 from nemo_automodel.components._peft.config import PeftConfig
@@ -66,6 +68,8 @@ class FastRequest:
     """The attention implementation was named by the user, not chosen for him."""
     kernels: KernelRequest = field(default_factory=KernelRequest)
     """How the fast layers are to be computed."""
+    fp8: Fp8Plan | None = None
+    """The base in 8 bits, which only the fast layers know: they are then asked for."""
 
 
 def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
@@ -75,7 +79,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     and have its adapters.
 
     Raises:
-        UserError: ``on`` was asked for and neither applies.
+        UserError: ``on`` was asked for and neither applies, or 8-bit weights, which need the fast layers.
     """
     layers = _layers(model)
     reason = _obstacle(model, layers, request)
@@ -85,6 +89,8 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
                 f"`quantization.compute_in_fp8: true` needs the fast decoder layers, and {reason}. Leave "
                 "`compute_in_fp8` out: weights stay in 4 bits and are multiplied in the compute dtype."
             )
+        if request.fp8 is not None:
+            raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
         logger.info("Decoder layers: plain Transformers: %s.", reason)
         obstacle = _obstacle_to_adapters(model, request)
         is_any_fused = obstacle is None and fuse_adapters(model, request.recompute) > 0
@@ -105,8 +111,13 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     table = choose_kernels(model, max(layers, key=lambda layer: len(lora_layers(layer))), request.kernels, store)
     choices = Choices.from_names(table.names())
     attention = partial(attention_for, causal=causal_attention_by(choices.attention))
+    packer = None if request.fp8 is None else Fp8Packer(model, layers, request.fp8)
     for layer in layers:
-        speed_up(layer, adapters, request.recompute, store, choices, attention)
+        with nullcontext() if packer is None else packer.packing(layer):
+            make = store if packer is None else packer.store
+            speed_up(layer, adapters, request.recompute, make, choices, attention)
+    if packer is not None:
+        packer.finish()
     Watch(model, [store for layer in layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
     speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
@@ -184,7 +195,9 @@ def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], 
             _check_packed(layer, request.computes_in_fp8)
     except UnfitError as error:
         return str(error)
-    return _obstacle_on_machine(model) if request.wish == "auto" else None
+    is_emulated = request.fp8 is not None and request.fp8.scheme.emulate
+    is_asked = request.wish == "on" and request.fp8 is None
+    return None if is_emulated or is_asked else _obstacle_on_machine(model)
 
 
 def _obstacle_to_adapters(model: PreTrainedModel, request: FastRequest) -> str | None:
@@ -233,6 +246,8 @@ def _obstacle_on_machine(model: PreTrainedModel) -> str | None:
 def _choose_store(layer: nn.Module, request: FastRequest) -> tuple[type[WeightStore], str]:
     """Return how the weights of the layers are kept, and words for the log. All layers are alike."""
     linear = layer.get_submodule(GROUPS["o"][0])
+    if request.fp8 is not None:
+        return request.fp8.store, "; weights: fp8"
     if not isinstance(linear, Linear4bit):
         return DenseStore, ""
     kind = f"; weights: {linear.packed.quant_type}"

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from nemo_automodel._transformers.quantized_load import FourBit
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components.fast.config import KernelWishes, parse_fast_layers, parse_kernels
-from nemo_automodel.components.quantization.config import CompileConfig, QuantizationConfig
+from nemo_automodel.components.quantization.config import CompileConfig, FP8Config, QuantizationConfig
 from nemo_automodel.shared.backend import BackendConfig
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, UserError, did_you_mean
@@ -66,7 +66,7 @@ class ModelOptions:
     distributed_setup: Any = None
     device_mesh: Any = None
     qat_config: Any = None
-    fp8_config: Any = None
+    fp8_config: FP8Config | dict[str, Any] | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -82,9 +82,8 @@ class ModelOptions:
         for key in ("distributed_setup", "device_mesh"):
             if getattr(self, key) is not None:
                 raise NotSupportedYetError(f"`{key}` is not supported yet: this version uses one device. Leave it out.")
-        for key in ("qat_config", "fp8_config"):
-            if getattr(self, key) is not None:
-                raise NotSupportedYetError(f"`{key}` is not supported yet. Leave it out.")
+        if self.qat_config is not None:
+            raise NotSupportedYetError("`qat_config` is not supported yet. Leave it out.")
         if self.activation_checkpointing not in RECOMPUTE_POLICIES:
             raise ConfigError(
                 f"`activation_checkpointing: {self.activation_checkpointing}` is not known. "

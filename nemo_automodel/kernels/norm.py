@@ -3,7 +3,8 @@
 Forward: ``s = x + r``, ``y = s / rms(s) · w``. Backward: with ``n = s / rms(s)`` and ``g = dy · w``,
 ``ds = dres + (g − n · mean(g · n)) / rms(s)`` (Zhang & Sennrich 2019, with the skip connection's gradient ``dres``).
 The backward pass can write ``y`` once more, so that nobody has to keep it for the weight gradients of what follows.
-Weights are frozen: there is no ``dw``. Arithmetic is fp32 and every result is rounded once; the price against separate
+Weights are frozen: there is no ``dw``. For a product in 8 bits the forward pass also rounds what it writes, which saves
+reading it once more. Arithmetic is fp32 and every result is rounded once; the price against separate
 operations is that the sums must be made again in the backward pass, from one saved number a row.
 
 Rows may lie in wider buffers: every tensor has its own row stride. Shapes: T tokens, D hidden size.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from nemo_automodel.kernels.fp8 import E4M3_MAX, Rounded, quantize_rows_reference, quantized
 from nemo_automodel.kernels.jit import jit, next_power_of_2, num_warps_for, runs_triton, tl
 
 
@@ -23,16 +25,18 @@ def rms_norm(
     *,
     residual_TD: torch.Tensor | None = None,
     out_TD: torch.Tensor | None = None,
+    rounded: Rounded | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the normalised rows and 1/rms of each row, fp32 ``[T]`` (float64 for float64).
 
     With ``residual_TD`` the sum ``x + residual`` is normalised, and ``x_TD`` **is overwritten** with that sum.
-    ``out_TD`` receives the result; the last dimension of every tensor must be dense.
+    ``out_TD`` receives the result; the last dimension of every tensor must be dense. ``rounded`` receives the result as
+    `quantize_rows` rounds it.
     """
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) if out_TD is None else out_TD
     if runs_triton(x_TD):
-        return out_TD, rms_norm_triton(x_TD, weight_D, eps, residual_TD, out_TD)
-    return out_TD, rms_norm_reference(x_TD, weight_D, eps, residual_TD, out_TD)
+        return out_TD, rms_norm_triton(x_TD, weight_D, eps, residual_TD, out_TD, rounded)
+    return out_TD, rms_norm_reference(x_TD, weight_D, eps, residual_TD, out_TD, rounded)
 
 
 def rms_norm_backward(
@@ -59,7 +63,12 @@ def rms_norm_backward(
 
 
 def rms_norm_reference(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None, out_TD: torch.Tensor
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor | None,
+    out_TD: torch.Tensor,
+    rounded: Rounded | None = None,
 ) -> torch.Tensor:
     """Do what `rms_norm` says in plain operations; write the result to ``out_TD`` and return 1/rms."""
     math_dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -68,6 +77,8 @@ def rms_norm_reference(
     x = x_TD.to(math_dtype)
     rstd_T = torch.rsqrt(x.square().mean(dim=-1) + eps)
     out_TD.copy_(x * rstd_T.unsqueeze(-1) * weight_D.to(math_dtype))
+    if rounded is not None:
+        quantize_rows_reference(out_TD, None, rounded.data_MK, rounded.scale_M1)
     return rstd_T
 
 
@@ -102,12 +113,16 @@ def _norm_forward_kernel(
     weight_ptr,
     out_ptr,
     rstd_ptr,
+    rounded_ptr,
+    scale_ptr,
     num_cols,
     x_row,
     residual_row,
     out_row,
     eps,
     HAS_RESIDUAL: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -121,8 +136,13 @@ def _norm_forward_kernel(
     x = x.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / num_cols + eps)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * out_row + cols, (x * rstd * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    y = (x * rstd * weight).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * out_row + cols, y, mask=mask)
     tl.store(rstd_ptr + row, rstd)
+    if ROUNDS:
+        y, scale = quantized(y.to(tl.float32), LARGEST)
+        tl.store(scale_ptr + row, scale)
+        tl.store(rounded_ptr + row * num_cols + cols, y.to(rounded_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -160,7 +180,12 @@ def _norm_backward_kernel(
 
 
 def rms_norm_triton(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None, out_TD: torch.Tensor
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor | None,
+    out_TD: torch.Tensor,
+    rounded: Rounded | None = None,
 ) -> torch.Tensor:
     """Do what `rms_norm` says, one program a row; write the result to ``out_TD`` and return 1/rms."""
     num_rows, num_cols = x_TD.shape
@@ -172,12 +197,16 @@ def rms_norm_triton(
         weight_D,
         out_TD,
         rstd_T,
+        out_TD if rounded is None else rounded.data_MK,
+        rstd_T if rounded is None else rounded.scale_M1,
         num_cols,
         x_TD.stride(0),
         0 if residual_TD is None else residual_TD.stride(0),
         out_TD.stride(0),
         eps,
         HAS_RESIDUAL=residual_TD is not None,
+        ROUNDS=rounded is not None,
+        LARGEST=E4M3_MAX,
         BLOCK=block,
         num_warps=num_warps_for(block),
     )

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_automodel._transformers.fast_layers import kernel_table
 from nemo_automodel._transformers.forward import LossFn
+from nemo_automodel._transformers.fp8_base import write_report
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal
 from nemo_automodel.components.checkpoint.changes import changes_since, consequences
@@ -145,6 +146,7 @@ class BaseRecipe:
             with ScopedRNG(self.settings.seed, ranked=True):
                 self.build_model()
             write_kernels(self.run_directory.path, kernel_table(self.model), self.kernel_record)
+            write_report(self.model, self.run_directory.path)
             self.model.train()
             self.model_files = ModelFiles(self.model, self.tokenizer)
             self._build_engine()

@@ -134,6 +134,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
         store=_store(settings),
         computes_in_fp8=settings.quantization is not None and settings.quantization.compute_in_fp8,
         embeddings_on_host=found.options.embeddings_on_host,
+        fp8_copies=2 if settings.fp8 is None else settings.fp8.num_copies,
         weight_bytes=found.dtype.itemsize,
         trainable_bytes=trainable_bytes,
         state_bytes=_state_bytes(settings, trainable_bytes, notes),
@@ -152,7 +153,7 @@ def _with_plain_run(load: Workload, found: Outline) -> Workload:
 def _store(settings: RunSettings) -> str:
     if settings.quantization is not None:
         return "nf4" if settings.quantization.load_in_4bit else "int8"
-    return "fp8" if settings.config.get("fp8.enabled") and settings.peft is not None else "dense"
+    return "dense" if settings.fp8 is None else "fp8"
 
 
 def _state_bytes(settings: RunSettings, trainable_bytes: int, notes: list[str]) -> float:

@@ -54,6 +54,8 @@ class RunSettings:
     peft: ConfigNode | None
     quantization: QuantizationConfig | None
     """``None``: the weights keep their dtype."""
+    fp8: FP8Config | None
+    """``None``: the base is not multiplied in 8 bits."""
     freeze_embeddings: bool
     compile: CompileConfig
     loss_fn: ConfigNode
@@ -110,7 +112,6 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
     notices += rules.check_distributed(distributed, _section(config, "distributed"))
     notices += rules.check_switches(
         config,
-        build(FP8Config, _section(config, "fp8"), "fp8"),
         build(QATSettings, _section(config, "qat"), "qat"),
     )
     validation_datasets = rules.validation_datasets(config)
@@ -134,6 +135,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         tokenizer=_tokenizer(config),
         peft=peft,
         quantization=_quantization(config, peft),
+        fp8=rules.check_fp8(build(FP8Config, _section(config, "fp8"), "fp8"), config, notices),
         freeze_embeddings=rules.freeze_embeddings(config),
         compile=build(CompileConfig, _section(config, "compile"), "compile"),
         loss_fn=_loss_fn(config),

@@ -26,8 +26,8 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     (
         "norm forward",
         norm._norm_forward_kernel,
-        {"rstd_ptr": "*fp32", "eps": "fp32"},
-        {"HAS_RESIDUAL": True, "BLOCK": 8192},
+        {"rstd_ptr": "*fp32", "rounded_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "eps": "fp32"},
+        {"HAS_RESIDUAL": True, "ROUNDS": True, "LARGEST": 448.0, "BLOCK": 8192},
     ),
     (
         "norm backward",
@@ -69,6 +69,13 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         _NF4_TYPES | {"out_ptr": "*fp8e4nv"},
         _NF4 | {"BLOCK_N": nf4._TILE_N},
     ),
+    (
+        "fp8 scale",
+        fp8._fp8_scale_kernel,
+        {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+        {"LARGEST": 448.0, "BLOCK": fp8._SCALE_BLOCK},
+    ),
+    ("fp8 transpose", fp8._fp8_transpose_kernel, {"x_ptr": "*u8", "out_ptr": "*u8"}, {"TILE": fp8._TILE}),
     (
         "update in place",
         lora._add_update_kernel,

@@ -32,15 +32,19 @@ def test_every_number_is_the_nearest_one(run, dtype, shape, has_factor):
     wanted_scale = x.abs().amax(1, keepdim=True) / 448
     wanted_scale[0] = 1
     torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
-    # all positive E4M3 numbers; the result must be the nearest of them to within a division's rounding
+    assert_nearest(out, x.double() / scale.double(), run is fp8.quantize_rows_triton)
+
+
+def assert_nearest(out: torch.Tensor, wanted: torch.Tensor, is_interpreted: bool) -> None:
+    """Hold every number against all positive E4M3 numbers: the nearest, to within a division's rounding."""
     grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
-    wanted = x.double() / scale.double()
     distances = (wanted.abs().unsqueeze(-1) - grid).abs()
     is_nearest = (out.double() - wanted).abs() <= distances.amin(-1) + wanted.abs() * 1e-6
-    if run is not fp8.quantize_rows_reference:
-        # the interpreter loses the carry when rounding up reaches a power of two, and cuts subnormal numbers off; a GPU
-        # is held to all of them
-        is_nearest |= (grid[distances.argmin(-1)].log2().frac() == 0) | (wanted.abs() < 2**-6)
+    if is_interpreted:
+        # the interpreter loses the carry when rounding up reaches a power of two, and cuts the numbers below 2⁻⁶ off;
+        # a GPU is held to all of them
+        is_nearest |= grid[distances.argmin(-1)].log2().frac() == 0
+        is_nearest |= (wanted.abs() < 2.0**-6) & ((out.double() - wanted).abs() < 2.0**-9)
     assert is_nearest.all()
 
 
@@ -50,3 +54,39 @@ def test_product():
     product = fp8.scaled_product(*fp8.quantize_rows(x), *fp8.quantize_rows(w), torch.float32)
     wanted = x @ w.t()
     assert 0 < float((product - wanted).norm() / wanted.norm()) < 0.06
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(fp8.quantize_by_reference, id="torch"),
+        pytest.param(fp8.quantize_by_triton, id="triton", marks=needs_triton),
+    ],
+)
+def test_one_scale_for_a_matrix(run):
+    torch.manual_seed(2)
+    x = in_wider_buffer(torch.randn(3, 4103), 5)
+    scale = fp8.scale_of(fp8.largest(x))
+    assert float(scale) == pytest.approx(float(x.abs().max()) / 448)
+    assert float(fp8.scale_of(fp8.largest(torch.zeros(2, 2)))) == 1
+    out = torch.full(x.shape, float("nan")).to(torch.float8_e4m3fn)
+    run(x, out, scale * 2)
+    whole = torch.full(x.shape, float("nan")).to(torch.float8_e4m3fn)
+    run(x, whole, scale / 2)
+    assert_nearest(out, x.double() / scale.double() / 2, run is fp8.quantize_by_triton)
+    assert float(whole.float().abs().max()) == 448
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 128), (70, 3), (129, 65)])
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(fp8.transpose_bytes, id="torch"),
+        pytest.param(fp8.transpose_bytes_triton, id="triton", marks=needs_triton),
+    ],
+)
+def test_transposed_bytes(run, shape):
+    x = torch.randint(0, 256, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    out = torch.zeros(shape[::-1], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    run(x, out)
+    assert torch.equal(out.view(torch.uint8), x.view(torch.uint8).t())

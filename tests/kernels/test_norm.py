@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels.oracle import DTYPES, assert_close, filled, in_wider_buffer, rms_norm_64
 
-from nemo_automodel.kernels import norm
+from nemo_automodel.kernels import fp8, norm
 from nemo_automodel.kernels.jit import HAS_TRITON
 
 SHAPES = [(2, 3), (3, 7), (5, 64), (2, 130), (4, 515)]
@@ -50,3 +50,24 @@ def test_forward_and_backward(forward, backward, dtype, has_residual, shape):
     assert_close(results["checked"][1], oracle_dx, results["plain"][1])
     oracle_rstd = (total.double().pow(2).mean(-1) + EPS).rsqrt()
     assert_close(results["checked"][2], oracle_rstd)
+
+
+@pytest.mark.parametrize(
+    ("forward", "round_rows"),
+    [
+        pytest.param(norm.rms_norm_reference, fp8.quantize_rows_reference, id="torch"),
+        pytest.param(norm.rms_norm_triton, fp8.quantize_rows_triton, id="triton", marks=needs_triton),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 7), (4, 515)])
+def test_rounding_in_the_norm_equals_two_steps(forward, round_rows, dtype, shape):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)
+    x[1] = 0
+    one, two = fp8.Rounded.room(*shape, x.device), fp8.Rounded.room(*shape, x.device)
+    out = in_wider_buffer(filled(*shape, dtype=dtype), 3)
+    forward(x, weight, EPS, None, out, one)
+    round_rows(out, None, two.data_MK, two.scale_M1)
+    assert torch.equal(one.data_MK.view(torch.uint8), two.data_MK.view(torch.uint8))
+    assert torch.equal(one.scale_M1, two.scale_M1)

@@ -213,6 +213,45 @@ def test_harmless_values_pass(sections: dict):
     assert settings_of(**sections).notices == []
 
 
+PEFT = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "target_modules": "*_proj"}
+
+
+def test_a_base_in_8_bits():
+    fp8 = settings_of(peft=PEFT, fp8={"enabled": True, "emulate": True, "weight_copies": 1}).fp8
+    assert fp8 is not None
+    assert (fp8.emulate, fp8.num_copies, fp8.recipe_name) == (True, 1, None)
+    assert settings_of(peft=PEFT, fp8={"enabled": False}).fp8 is None
+    again = settings_of(peft=PEFT, fp8={"enabled": True, "force_recompute_fp8_weight_in_bwd": True}).fp8
+    assert again is not None
+    assert again.num_copies == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"fp8__recipe_name": "rowise"}, "`fp8.recipe_name: rowise` is not known. Did you mean `rowwise`?"),
+        ({"fp8__weight_copies": 3}, "`fp8.weight_copies` is 3, but it must be 1 or 2. Use 1 or 2."),
+        ({"model__force_hf": True}, "`fp8.enabled: true` and `model.force_hf: true` exclude each other."),
+        ({"model__fast_layers": False}, "`fp8.enabled: true` and `model.fast_layers: off` exclude each other."),
+        ({"quantization__load_in_4bit": True}, "`fp8.enabled: true` and `quantization.load_in_4bit: true` exclude"),
+        ({"compile__enabled": True}, "`fp8.enabled: true` and `compile.enabled: true` exclude each other."),
+        ({"fp8__copies": 1}, "`fp8.copies`: unknown key `copies`."),
+    ],
+)
+def test_what_a_base_in_8_bits_excludes(sections: dict, message: str):
+    with pytest.raises(ConfigError) as refused:
+        settings_of(**{"peft": dict(PEFT), "fp8__enabled": True, **sections})
+    assert str(refused.value).startswith(message)
+
+
+def test_keys_of_fp8_without_effect():
+    fp8 = {"enabled": True, "recipe_name": "rowwise_with_gw_hp", "enable_fsdp_float8_all_gather": True}
+    assert settings_of(peft=PEFT, fp8=fp8).notices == [
+        "`fp8.enable_fsdp_float8_all_gather: true` has no effect on one device.",
+        "`fp8.recipe_name: rowwise_with_gw_hp` is rowwise here: a frozen base has no weight gradient.",
+    ]
+
+
 def test_freeze_embeddings_is_honoured():
     assert settings_of(freeze_config={"freeze_embeddings": True}).freeze_embeddings
     assert not settings_of(freeze_config={"freeze_vision_tower": True}).freeze_embeddings

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.fast.names import Adapter, Slot
 from nemo_automodel.components.fast.weight_store import WeightStore
+from nemo_automodel.kernels.fp8 import Rounded
 from nemo_automodel.kernels.lora import Update
 
 _FUSED_CLASSES: dict[type[nn.Module], type[FusedLinear]] = {}
@@ -52,7 +53,9 @@ class InPlaceStore(WeightStore):
         """Return the update."""
         return None if low_TR is None else self._update(low_TR)
 
-    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward_pending(
+        self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None
+    ) -> torch.Tensor:
         """Return x·Wᵀ."""
         return torch.mm(x_TM, self._weight_NK.t())
 
@@ -60,7 +63,7 @@ class InPlaceStore(WeightStore):
         """Return dy·W, and the adapter's share."""
         return torch.mm(dy_TM, self._weight_NK), None if dlow_TR is None else self._dgrad_update(dlow_TR)
 
-    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None) -> torch.Tensor:
         """Return the outputs; see `WeightStore.forward`."""
         y_TN = self.forward_pending(x_TM, low_TR)
         return y_TN if low_TR is None else y_TN.addmm_(low_TR, self._b_NR.t())

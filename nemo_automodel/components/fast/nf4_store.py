@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
-from nemo_automodel.kernels.fp8 import quantize_rows, scaled_product
+from nemo_automodel.kernels.fp8 import Rounded, quantize_rows, scaled_product
 from nemo_automodel.kernels.jit import next_power_of_2
 from nemo_automodel.kernels.lora import Update, add_update_
 from nemo_automodel.kernels.nf4 import Packed, channel_scales, dequantize, dequantize_e4m3
@@ -161,7 +161,9 @@ class Nf4Fp8Store(WeightStore):
         """Return the update."""
         return None if low_TR is None else self._update(low_TR)
 
-    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward_pending(
+        self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None
+    ) -> torch.Tensor:
         """Return the outputs of the base weights."""
         return self._product(x_TM)
 
@@ -169,7 +171,7 @@ class Nf4Fp8Store(WeightStore):
         """Return the gradient through the base weights, and the adapters' share."""
         return self._back_product(dy_TM), None if dlow_TR is None else self._dgrad_update(dlow_TR)
 
-    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None) -> torch.Tensor:
         """Return the outputs; see `WeightStore.forward`."""
         y_TN = self._product(x_TM)
         return y_TN if low_TR is None else y_TN.addmm_(low_TR, self._b_NR.t())

@@ -33,8 +33,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nemo_automodel.components.fast.names import Adapter, Slot
 from nemo_automodel.kernels.copy_many import Copy, copy_many_reference
-from nemo_automodel.kernels.fp8 import quantize_rows, scaled_product
-from nemo_automodel.kernels.lora import Update, add_update_, low_rank_grads
+from nemo_automodel.kernels.fp8 import Rounded
+from nemo_automodel.kernels.lora import Update, low_rank_grads
 
 _RANK_TILE = 64
 """Matrix units read the depth of a product in tiles of 64 sixteen-bit numbers."""
@@ -246,13 +246,19 @@ class WeightStore:
         """Return what `forward_pending` leaves to be added."""
         raise NotImplementedError
 
-    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward_pending(
+        self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None
+    ) -> torch.Tensor:
         """Return the outputs as `forward` does, without `pending`."""
         raise NotImplementedError
 
     def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
         """Return the gradient of the inputs and what is still to be added to it."""
         raise NotImplementedError
+
+    def room_for_rounded(self, num_tokens: int) -> Rounded | None:
+        """Return room for inputs in 8 bits, to be given to the products beside the inputs; None if they want none."""
+        return None
 
     # Products with the matrix. Rows of inputs may lie in a buffer of this store or be dense.
 
@@ -261,7 +267,7 @@ class WeightStore:
         y_TN = self.forward_pending(x_TM, low_TR)[:, : self.num_out]
         return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
 
-    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None) -> torch.Tensor:
         """Return the outputs without bias, as the first N columns of ``[T, M]``; ``low_TR`` is `low` of the inputs."""
         raise NotImplementedError
 
@@ -309,7 +315,7 @@ class DenseStore(WeightStore):
             view_NK.copy_(slot.linear.weight.data)
             slot.linear.weight.data = view_NK
 
-    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None) -> torch.Tensor:
         """Return the outputs; see `WeightStore.forward`. The inputs' margin is overwritten."""
         y_TM = self.output_buffer(x_TM.shape[0])
         y_TN = _first(y_TM, self.num_out)
@@ -333,7 +339,9 @@ class DenseStore(WeightStore):
         """Return None: inputs have room for the update."""
         return None
 
-    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward_pending(
+        self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None
+    ) -> torch.Tensor:
         """Return the outputs, complete."""
         return self.forward(x_TM, low_TR)
 
@@ -359,52 +367,3 @@ class DenseStore(WeightStore):
         if dlow_TR.data_ptr() != margin_TR.data_ptr():  # `low_grad` writes there, other kernels do not
             margin_TR.copy_(dlow_TR)
         return torch.mm(dy_TM, self._backward_MK)
-
-
-class Fp8Store(WeightStore):
-    """Weights in E4M3, stored twice, with a scale for every output channel and for every input channel.
-
-    Inputs and gradients are quantised by rows, per token. The layers' own weights become views of the first copy: they
-    keep their names and shapes and can no longer be multiplied by themselves.
-    """
-
-    def _pack(self) -> None:
-        self.margin = 0
-        first = self.slots[0].linear.weight
-        weight_NK = torch.cat([slot.linear.weight.data for slot in self.slots])
-        self._forward_NK, self._forward_scale_N1 = quantize_rows(weight_NK)
-        self._backward_KN, self._backward_scale_K1 = quantize_rows(weight_NK.t().contiguous())
-        self._a_RK = torch.zeros((self.rank_width, self.num_in), dtype=first.dtype, device=first.device)
-        self._b_NR = torch.zeros((self.num_out, self.rank_width), dtype=first.dtype, device=first.device)
-        for slot, rows, _ in self._places:
-            slot.linear.weight.data = self._forward_NK[rows]
-
-    def pending(self, low_TR: torch.Tensor | None) -> Update | None:
-        """Return the update."""
-        return None if low_TR is None else self._update(low_TR)
-
-    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
-        """Return the outputs of the base weights."""
-        quantized, scales = quantize_rows(x_TM)
-        return scaled_product(quantized, scales, self._forward_NK, self._forward_scale_N1, self.dtype)
-
-    def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
-        """Return the gradient through the base weights, and the adapters' share."""
-        quantized, scales = quantize_rows(dy_TM)
-        dx_TK = scaled_product(quantized, scales, self._backward_KN, self._backward_scale_K1, self.dtype)
-        return dx_TK, None if dlow_TR is None else self._dgrad_update(dlow_TR)
-
-    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
-        """Return the outputs; see `WeightStore.forward`."""
-        y_TN = self.forward_pending(x_TM, low_TR)
-        return y_TN if low_TR is None else y_TN.addmm_(low_TR, self._b_NR.t())
-
-    def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
-        """Return residual + outputs."""
-        y_TN = self.forward_pending(x_TM, low_TR)
-        return y_TN.add_(residual_TN) if low_TR is None else add_update_(y_TN, self._update(low_TR), residual_TN)
-
-    def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
-        """Return the gradient of the inputs; see `WeightStore.dgrad`."""
-        dx_TK, _ = self.dgrad_pending(dy_TM, dlow_TR)
-        return dx_TK if dlow_TR is None else dx_TK.addmm_(dlow_TR, self._a_RK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_automodel.shared.errors import ConfigError
+from nemo_automodel.shared.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,49 @@ class QuantizationConfig:
             )
 
 
+FP8_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+
+
 @dataclass(frozen=True)
 class FP8Config:
-    """The ``fp8:`` section."""
+    """The ``fp8:`` section: a frozen base stored and multiplied in 8 bits, under adapters in 16 or 32."""
 
     enabled: bool = False
     recipe_name: str | None = None
+    """None: by rows where the GPU has such a product, else one scale a matrix. A base that is frozen has no weight
+    gradient, so ``rowwise_with_gw_hp`` is ``rowwise``."""
     enable_fsdp_float8_all_gather: bool = False
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     force_recompute_fp8_weight_in_bwd: bool = False
+    """Transposed weights are made in every backward pass, as with ``weight_copies: 1``."""
     filter_fqns: list[str] = field(default_factory=list)
+    """Layers whose name holds one of these stay as they are, and what is packed with them."""
     emulate: bool = False
+    """The same roundings in plain PyTorch, on any device; slow."""
+    weight_copies: int = 2
+    """2: weights also lie transposed, for the backward pass; 1: half the memory, a little slower, the same numbers."""
+    first_last_down_proj_bf16: bool = False
+    """``down_proj`` of the first and the last layer stay as they are: activations there can be thousands of times the
+    usual size."""
+
+    def __post_init__(self) -> None:
+        if self.recipe_name is not None and self.recipe_name not in FP8_RECIPES:
+            raise ConfigError(
+                f"`fp8.recipe_name: {self.recipe_name}` is not known.{did_you_mean(self.recipe_name, FP8_RECIPES)} "
+                f"Use {', '.join(FP8_RECIPES)}, or leave it out."
+            )
+        if self.weight_copies not in (1, 2):
+            raise ConfigError(f"`fp8.weight_copies` is {self.weight_copies}, but it must be 1 or 2. Use 1 or 2.")
+
+    @property
+    def num_copies(self) -> int:
+        """How many copies of a weight are stored."""
+        return 1 if self.force_recompute_fp8_weight_in_bwd else self.weight_copies
+
+    def inert_keys(self) -> list[str]:
+        """Return the keys that are set and have no effect on one device."""
+        keys = ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp")
+        return [key for key in keys if getattr(self, key)]
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ def model_wishes(settings: RunSettings, peft: Any) -> dict[str, Any]:
         wishes["peft_config"] = peft
     if settings.quantization is not None:
         wishes["quantization_config"] = settings.quantization
+    if settings.fp8 is not None:
+        wishes["fp8_config"] = settings.fp8
     if settings.compile.enabled:
         wishes["compile_config"] = settings.compile
     if settings.distributed.enable_compile:
