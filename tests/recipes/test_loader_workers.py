@@ -80,13 +80,13 @@ def test_a_worker_that_ends_by_itself(run, plant):
 def test_a_hung_worker_is_named_with_its_rows(run, plant, squad_dir):
     plant(lambda: time.sleep(1000))
     message = (
-        rf"^Worker 0 of `dataloader` \(process \d+\) has brought no batch for 1 s\. It was to bring {squad_dir}"
+        rf"^Worker 0 of `dataloader` \(process \d+\) has brought no batch for 5 s\. It was to bring {squad_dir}"
         r"/train\.jsonl line 13 and 1 more\. The run stops; the last checkpoint is untouched\. Look at what these rows "
         r"wait for \(a network drive, a lock\), read without workers, --dataloader\.num_workers 0, or wait longer, "
-        r"--dataloader\.timeout 6$"
+        r"--dataloader\.timeout 30$"
     )
     with pytest.raises(UserError, match=message):
-        run(loader={"timeout": 1})
+        run(loader={"timeout": 5})
     assert multiprocessing.active_children() == []
 
 
@@ -98,11 +98,11 @@ def test_a_slow_worker_is_no_hung_one(run, plant):
 def test_a_hung_worker_of_a_validation(run, plant, make_config):
     plant(lambda: time.sleep(1000))
     config = make_config()
-    with pytest.raises(UserError, match=r"of `validation_dataloader` \(process \d+\) has brought no batch for 1 s\."):
+    with pytest.raises(UserError, match=r"of `validation_dataloader` \(process \d+\) has brought no batch for 5 s\."):
         run(
             loader={"num_workers": 0},
             validation_dataset={**config["dataset"], "split": "validation"},
-            validation_dataloader={"num_workers": 1, "timeout": 1},
+            validation_dataloader={"num_workers": 1, "timeout": 5},
             step_scheduler__val_every_steps=1,
         )
 
