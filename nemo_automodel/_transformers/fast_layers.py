@@ -32,6 +32,7 @@ from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
 from nemo_automodel.components.fast.choices import Choices
 from nemo_automodel.components.fast.decoder_layer import Attention, causal_attention, causal_attention_by, speed_up
+from nemo_automodel.components.fast.dropout import AdapterDropout
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import GROUPS, Adapter
 from nemo_automodel.components.fast.nf4_store import Nf4Fp8Store, Nf4Store
@@ -101,18 +102,18 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
     name, total = type(layers[0]).__name__, len(layers)
-    adapters, (store, weights) = _adapters(model), _choose_store(layers[0], request)
+    adapters, (store, weights), dropout = _adapters(model), _choose_store(layers[0], request), _dropout(request.peft)
     table = choose_kernels(model, max(layers, key=lambda layer: len(lora_layers(layer))), request.kernels, store)
     choices = Choices.from_names(table.names())
     attention = partial(attention_for, causal=causal_attention_by(choices.attention))
     for layer in layers:
-        speed_up(layer, adapters, request.recompute, store, choices, attention)
+        speed_up(layer, adapters, request.recompute, store, choices, attention, dropout)
     Watch(model, [store for layer in layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
     speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     model.kernel_table = table.to_json()  # type: ignore[assignment]
     what = f"{total} of {total}, {name}{weights}; recomputed: {request.recompute}"
-    logger.info("Decoder layers: fast (%s).", what)
+    logger.info("Decoder layers: fast (%s%s).", what, "" if dropout is None else f"; {dropout}")
     return True
 
 
@@ -169,6 +170,10 @@ def _adapters(model: PreTrainedModel) -> dict[nn.Module, Adapter]:
     }
 
 
+def _dropout(peft: PeftConfig | None) -> AdapterDropout | None:
+    return None if peft is None or not peft.dropout else AdapterDropout(peft.dropout, peft.dropout_position)
+
+
 def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], request: FastRequest) -> str | None:
     """Return why Transformers' layers compute, None when the fast ones can."""
     asked = _obstacle_in_request(model, request)
@@ -203,7 +208,7 @@ def _obstacle_to_adapters(model: PreTrainedModel, request: FastRequest) -> str |
 
 def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | None:
     attention = model.config._attn_implementation
-    peft, dropout = request.peft, 0.0 if request.peft is None else request.peft.dropout
+    peft = request.peft
     reasons = {
         "`force_hf: true`": request.force_hf,
         "`fast_layers: off`": request.wish == "off",
@@ -211,7 +216,6 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
         "the layers are compiled instead": request.is_compiled,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
         "DoRA is not on the fast path yet": peft is not None and peft.use_dora,
-        f"dropout {dropout:g} on adapters is not on the fast path yet": dropout > 0,
         f"`attn_implementation: {attention}` was asked for": request.asks_attention and attention != "sdpa",
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
