@@ -21,7 +21,7 @@ from nemo_automodel.kernels.dropout import Dropout, Share, keeps_tile, shares_of
 from nemo_automodel.kernels.jit import jit, runs_triton, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, block_r
 
-BLOCK_T, BLOCK_N, NUM_WARPS = 64, 64, 4
+BLOCK_T, BLOCK_N = 64, 64
 _NUM_PROGRAMS = 1024
 """About eight a multiprocessor of an H100; as many partial sums as that takes."""
 
@@ -174,7 +174,7 @@ def _constants(shares: list[Share]) -> dict[str, object]:
         "BLOCK_T": BLOCK_T,
         "BLOCK_N": BLOCK_N,
         "BLOCK_R": block_r(shares[-1][1] - rank_from),
-        "num_warps": NUM_WARPS,
+        "num_warps": 4 if len(shares) == 1 else 8,  # several masks of a tile take registers
     }
 
 

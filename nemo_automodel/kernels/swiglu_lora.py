@@ -26,6 +26,8 @@ from nemo_automodel.kernels.lora import MAX_BLOCK_R, Update, block_r, update_til
 
 BLOCK_T, BLOCK_N, NUM_WARPS, PIECES = 64, 64, 4, 8
 """Rows and columns of a tile, warps of a program, pieces of a row."""
+MASKED_NUM_WARPS = 8
+"""Making masks takes registers; with four warps the backward pass spills twice as many."""
 
 
 def swiglu_lora(
@@ -357,18 +359,18 @@ def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str
         "A_BLOCK": block_r(a_rank),
         "BLOCK_T": BLOCK_T,
         "BLOCK_N": BLOCK_N,
-        "num_warps": NUM_WARPS,
     }
 
 
 def _drop_constants(update: Dropout | None, a: Dropout | None) -> dict[str, float]:
-    """Return what the kernels need to know of the masks over gate and up and over h."""
+    """Return what the kernels need to know of the masks over gate and up and over h, and the warps to make them."""
     either = update or a
     return {
         "DROPS_UPDATE": update is not None,
         "DROPS_A": a is not None,
         "UPDATE_SALT": 0 if update is None else update.salt,
         "A_SALT": 0 if a is None else a.salt,
+        "num_warps": NUM_WARPS if either is None else MASKED_NUM_WARPS,
         "THRESHOLD": 0 if either is None else either.threshold,
         "SCALE": 1.0 if either is None else either.scale,
     }

@@ -60,6 +60,14 @@ def test_fast_layers_recompute_by_themselves(caplog, policy):
     assert not model.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_dropout_on_adapters_is_named(caplog, position):
+    peft = PeftConfig(target_modules="*_proj", dim=2, dropout=0.1, dropout_position=position)
+    model, line = build(caplog, fast_layers="on", peft_config=peft)
+    assert line == f"fast (2 of 2, LlamaDecoderLayer; recomputed: none; dropout 0.1 {position})."
+    assert is_fast(model) == [True, True]
+
+
 UNFIT = [
     ({"fast_layers": "auto"}, {}, "the model is on the cpu"),
     ({"fast_layers": "off"}, {}, "`fast_layers: off`"),
@@ -69,11 +77,6 @@ UNFIT = [
     ({"compile_layers": True}, {}, "the layers are compiled instead"),
     ({"compile_config": CompileConfig(enabled=True)}, {}, "the layers are compiled instead"),
     ({"attn_implementation": "eager"}, {}, "`attn_implementation: eager` was asked for"),
-    (
-        {"peft_config": PeftConfig(target_modules="*_proj", dim=2, dropout=0.1)},
-        {},
-        "dropout 0.1 on adapters is not on the fast path yet",
-    ),
     (
         {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True)},
         {},
