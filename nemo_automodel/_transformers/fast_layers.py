@@ -88,7 +88,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
             )
         logger.info("Decoder layers: plain Transformers: %s.", reason)
         obstacle = _obstacle_to_adapters(model, request)
-        is_any_fused = obstacle is None and fuse_adapters(model, request.recompute) > 0
+        is_any_fused = obstacle is None and fuse_adapters(model, request.recompute, _dropout(request.peft)) > 0
         if obstacle not in (None, reason):
             logger.info("Adapters: plain: %s.", obstacle)
         if request.wish == "on" and not is_any_fused:

@@ -1,8 +1,8 @@
 """Dropout whose masks are made where they are used, and made again on the way back, instead of being kept.
 
-Whether element (row, column) of a matrix survives is a function of its place, of a seed that is drawn once for a layer's
-forward pass and of a stream, one for each mask of the layer. So forward pass, backward pass and recomputation agree
-without a byte of memory, in kernels of any tiling and in plain PyTorch.
+Whether element (row, column) of a matrix survives is a function of its place, of a seed that is drawn once for a
+layer's forward pass and of a stream, one for each mask of the layer. So forward pass, backward pass and recomputation
+agree without a byte of memory, in kernels of any tiling and in plain PyTorch.
 
 The function is a counter hash: the place ``row · width + column``, shifted by a key, goes through three rounds of
 xor-shift and multiplication with the constants of Wellons' *triple32*; a second key is added in the second round. Both
@@ -74,7 +74,7 @@ Share = tuple[int, int, Dropout]
 
 
 def shares_of(parts: Sequence[tuple[int, int]], dropouts: Sequence[Dropout]) -> list[Share]:
-    """Return the ranks that share a mask: all of them under one mask, else those of each part; empty parts are left out."""
+    """Return the ranks that share a mask: all of them under one mask, else those of each part that has any."""
     if len(dropouts) == 1:
         return [(parts[0][0], parts[-1][1], dropouts[0])]
     return [(first, to, mask) for (first, to), mask in zip(parts, dropouts, strict=True) if to > first]

@@ -1,9 +1,9 @@
 """Products of a matrix under dropout with the narrow matrices of adapters: the mask is made on the tile that is read.
 
-`dropped_low` multiplies from the right, ``(x ∘ D) @ factor``, and `dropped_grad` from the left, ``(x ∘ D)ᵀ @ low``; D is
-zero where an element is dropped and 1/(1 − p) elsewhere. Several adapters may read one matrix, each under its own mask:
-a tile is read once and multiplied once for each of them, into columns that are theirs alone. Without this, every mask
-costs a copy of the matrix.
+`dropped_low` multiplies from the right, ``(x ∘ D) @ factor``, and `dropped_grad` from the left, ``(x ∘ D)ᵀ @ low``; D
+is zero where an element is dropped and 1/(1 − p) elsewhere. Several adapters may read one matrix, each under its own
+mask: a tile is read once and multiplied once for each of them, into columns that are theirs alone. Without this, every
+mask costs a copy of the matrix.
 
 A program of `dropped_low` owns some rows and a piece of the columns, one of `dropped_grad` some columns and a chunk of
 the rows; they leave partial sums in fp32, added up in a fixed order: results do not depend on timing.

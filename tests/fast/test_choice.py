@@ -131,6 +131,9 @@ def test_auto_fuses_adapters_on_a_gpu_in_bfloat16(caplog, monkeypatch, attention
     monkeypatch.setattr(fast_layers.Machine, "of", lambda device: Machine("cuda", (9, 0)))
     build(caplog, tiny_config("gemma3"), torch_dtype="bfloat16", attn_implementation=attention)
     assert adapters_line(caplog) == "fused on 14 of 14 linear layers."
+    peft = PeftConfig(target_modules="*_proj", dim=2, dropout=0.1)
+    build(caplog, tiny_config("gemma3"), torch_dtype="bfloat16", attn_implementation=attention, peft_config=peft)
+    assert adapters_line(caplog) == "fused on 14 of 14 linear layers; dropout 0.1 post."
     build(caplog, tiny_config("gemma3"), torch_dtype="float32", attn_implementation=attention)
     assert adapters_line(caplog) == "plain: the weights are float32, not bfloat16."
 
@@ -138,10 +141,6 @@ def test_auto_fuses_adapters_on_a_gpu_in_bfloat16(caplog, monkeypatch, attention
 @pytest.mark.parametrize(
     ("keywords", "reason"),
     [
-        (
-            {"peft_config": PeftConfig(target_modules="*_proj", dim=2, dropout=0.1)},
-            "dropout 0.1 on adapters is not on the fast path yet",
-        ),
         (
             {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True)},
             "DoRA is not on the fast path yet",

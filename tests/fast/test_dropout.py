@@ -7,9 +7,13 @@ import torch
 from support.fast_models import PROJECTIONS, adapters_of, assert_same_step, fast_model, plain_model, tokens
 from torch import nn
 
+from nemo_automodel._transformers.assemble import recompute_activations
+from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel.components._peft.lora import lora_layers
 from nemo_automodel.components.fast import dropout as fast_dropout
-from nemo_automodel.components.fast.names import GROUPS
+from nemo_automodel.components.fast.linear import InPlaceStore
+from nemo_automodel.components.fast.names import GROUPS, Adapter, Slot
+from nemo_automodel.components.fast.weight_store import DenseStore, Fp8Store
 from nemo_automodel.components.training.rng import StatefulRNG
 from nemo_automodel.kernels.dropout import Dropout
 
@@ -76,6 +80,81 @@ def test_ranks_and_scales(position, settings):
     plain, fast = plain_model("qwen3", peft), fast_model("qwen3", peft)
     force_masks(plain, position, 0.1, 6)
     assert_same_step(plain, fast, TOLERANCE, input_ids=tokens(1, 6))
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+@pytest.mark.parametrize("make", [DenseStore, InPlaceStore, Fp8Store])
+def test_every_store_leaves_the_adapters_to_the_masks(make, position):
+    """Whatever a store makes of its weights, the masked share comes on top of what it gives without adapters."""
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 48, bias=False).requires_grad_(False)
+    adapter = Adapter(nn.Linear(32, 4, bias=False), nn.Linear(4, 48, bias=False), 1.5)
+    store = make([Slot("o_proj", linear, adapter)])
+    store.prepare()
+    dropped = fast_dropout.AdapterDropout(0.4, position).over(store, torch.tensor([77]), 2)
+    x, dy, residual = torch.randn(10, 32), torch.randn(10, 48), torch.randn(10, 48)
+    x_TM, dy_TM = store.input_buffer(10), store.output_buffer(10)
+    x_TM[:, :32], dy_TM[:, :48] = x, dy
+    a, b, ones = adapter.lora_A.weight.detach(), 1.5 * adapter.lora_B.weight.detach(), torch.ones(10, 48)
+    over_x, over_y = ones[:, :32], ones
+    if position == "pre":
+        over_x = Dropout(torch.tensor([77]), 8, 0.4).apply(over_x)
+    else:
+        over_y = Dropout(torch.tensor([77]), 8, 0.4).apply(over_y)
+    base, base_dx = store.forward(x_TM, None)[:, :48].clone(), store.dgrad(dy_TM, None).clone()
+    low, dlow = dropped.low(x_TM), dropped.low_grad(dy_TM)
+    update, dx_update = ((x * over_x) @ a.t() @ b.t()) * over_y, ((dy * over_y) @ b @ a) * over_x
+    pending = dropped.pending(low)
+    rest = 0 if pending is None else pending.product(torch.float32)
+    torch.testing.assert_close(dropped.forward_pending(x_TM, low)[:, :48] + rest, base + update)
+    torch.testing.assert_close(dropped.forward(x_TM, low)[:, :48], base + update)
+    torch.testing.assert_close(dropped.forward_added(residual, x_TM, low), residual + base + update)
+    da, db = dropped.adapter_grads(x_TM, dy_TM, low, dlow)
+    torch.testing.assert_close(da, ((dy * over_y) @ b).t() @ (x * over_x))
+    torch.testing.assert_close(db, 1.5 * (dy * over_y).t() @ ((x * over_x) @ a.t()))
+    torch.testing.assert_close(dropped.dgrad(dy_TM, dlow), base_dx + dx_update)
+    dx, pending = dropped.dgrad_pending(dy_TM, dlow)
+    rest = 0 if pending is None else pending.product(torch.float32)
+    torch.testing.assert_close(dx + rest, base_dx + dx_update)
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_adapters_fused_with_their_layers(family, recompute, position, monkeypatch):
+    """Each layer draws its own seed; one that is recomputed draws the same again."""
+    peft = adapters_of(dropout=0.3, dropout_position=position)
+    plain, fast = plain_model(family, peft), plain_model(family, peft)
+    fuse_adapters(fast, recompute, fast_dropout.AdapterDropout(0.3, position))
+    seeds: dict[int, list[int]] = {}
+    over = fast_dropout.AdapterDropout.over
+
+    def recorded(self, store, seed):
+        seeds.setdefault(id(store), []).append(int(seed))
+        return over(self, store, seed)
+
+    monkeypatch.setattr(fast_dropout.AdapterDropout, "over", recorded)
+    if recompute != "none":
+        recompute_activations(fast, recompute)
+    found = one_step(fast)
+    layers, plain_layers = lora_layers(fast), lora_layers(plain)
+    for name, layer in layers.items():
+        drawn = seeds[id(layer.fused_core.store)]
+        assert len(drawn) == (1 if recompute == "none" else 2)
+        assert len(set(drawn)) == 1
+        mask, other = Dropout(torch.tensor(drawn[:1]), 0, 0.3), plain_layers[name]
+        width = other.in_features if position == "pre" else other.out_features
+        other._update = update_with(other, mask.apply(torch.ones(14, width).double()), position)
+    assert len({drawn[0] for drawn in seeds.values()}) == len(layers)
+    for value, expected in zip(found, one_step(plain), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+
+
+def one_step(model) -> list[torch.Tensor]:
+    """Return the logits and the gradients of one step."""
+    logits = model(input_ids=tokens(2, 7), use_cache=False).logits
+    (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view(logits.shape)).sum().backward()
+    return [logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
 def logits_of(model, ids: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,9 @@ def test_no_two_elements_of_a_mask_are_related_at_any_distance(cols, probability
     assert float(scores.abs().max()) < 6  # the largest of 131,000 normal numbers is about 4.5
 
 
-@pytest.mark.parametrize("other", [(8, 0), (7, 1), (7 + 2**32, 0), (7 + 2**62, 0)], ids=["seed", "stream", "2^32", "2^62"])
+@pytest.mark.parametrize(
+    "other", [(8, 0), (7, 1), (7 + 2**32, 0), (7 + 2**62, 0)], ids=["seed", "stream", "2^32", "2^62"]
+)
 def test_masks_of_other_seeds_and_streams_are_unrelated(other):
     x, y = centred(mask(7, 0, 0.1), 512, 1024), centred(mask(*other, 0.1), 512, 1024)
     assert abs(float((x * y).mean())) * math.sqrt(x.numel()) < STANDARD_ERRORS

@@ -165,8 +165,8 @@ class DecoderCore:
         if self.dropout is None or not any(store.has_adapters for store in self.stores):
             return self
         seed, masked = self.dropout.draw_seed(device), copy.copy(self)
-        for group, store in zip(GROUPS, self.stores, strict=True):
-            setattr(masked, group, self.dropout.over(group, store, seed))
+        for number, (group, store) in enumerate(zip(GROUPS, self.stores, strict=True)):
+            setattr(masked, group, self.dropout.over(store, seed, number))
         return masked
 
     def _layout(self) -> QKVLayout:

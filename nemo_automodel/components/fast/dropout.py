@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 
-from nemo_automodel.components.fast.names import GROUPS
 from nemo_automodel.components.fast.weight_store import WeightStore
 from nemo_automodel.kernels.dropout import Dropout
 from nemo_automodel.kernels.dropped_products import dropped_grad, dropped_low
 from nemo_automodel.kernels.lora import Update, add_update_
 
-_STREAMS_PER_GROUP = 4
+_STREAMS_PER_STORE = 4
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,12 @@ class AdapterDropout:
         """Draw the seed of one forward pass of one layer, on the device."""
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
-    def over(self, group: str, store: WeightStore, seed: torch.Tensor) -> Dropped:
-        """Return the store with the masks of one forward pass over its adapters."""
-        first = list(GROUPS).index(group) * _STREAMS_PER_GROUP
+    def over(self, store: WeightStore, seed: torch.Tensor, number: int = 0) -> Dropped:
+        """Return the store with the masks of one pass over its adapters; ``number`` tells stores of it apart."""
+        first = number * _STREAMS_PER_STORE
         # after the product one matrix holds the outputs of all adapters, before it all of them read the same one
         num_masks = 1 if self.position == "post" else len(store.slots)
-        masks = tuple(Dropout(seed, first + number, self.probability) for number in range(num_masks))
+        masks = tuple(Dropout(seed, first + slot, self.probability) for slot in range(num_masks))
         return Dropped(store, masks, self.position == "post")
 
 

@@ -216,7 +216,7 @@ class WeightStore:
         return self.split_grads(*low_rank_grads(x_TK, dy_TN, low_TR, dlow_TR))
 
     def split_grads(self, da_RK: torch.Tensor, db_NR: torch.Tensor) -> list[torch.Tensor]:
-        """Return the gradients of `parameters`, in their dtypes, from those of the stacks; ``db_NR`` lacks the scales."""
+        """Return the gradients of `parameters`, in their dtypes, from stacked ones; ``db_NR`` lacks the scales."""
         grads = []
         for slot, rows, ranks in self._places:
             if slot.adapter is not None:
