@@ -407,7 +407,7 @@ def make_fast(
     dropout: AdapterDropout | None = None,
 ) -> None:
     adapters: dict[nn.Module, Adapter] = {
-        layer: Adapter(layer.lora_A, layer.lora_B, layer.peft_config.scaling) for layer in lora_layers(model).values()
+        layer: Adapter(layer.lora_A, layer.lora_B, layer.scaling) for layer in lora_layers(model).values()
     }
     for layer in model.model.layers:  # type: ignore[union-attr]
         speed_up(layer, adapters, store=store, choices=choices, dropout=dropout)

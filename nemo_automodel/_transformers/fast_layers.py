@@ -165,9 +165,7 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
 
 
 def _adapters(model: PreTrainedModel) -> dict[nn.Module, Adapter]:
-    return {
-        layer: Adapter(layer.lora_A, layer.lora_B, layer.peft_config.scaling) for layer in lora_layers(model).values()
-    }
+    return {layer: Adapter(layer.lora_A, layer.lora_B, layer.scaling) for layer in lora_layers(model).values()}
 
 
 def _dropout(peft: PeftConfig | None) -> AdapterDropout | None:

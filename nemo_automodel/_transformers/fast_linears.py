@@ -33,7 +33,7 @@ def fuse_adapters(model: PreTrainedModel, recompute: str = "none", dropout: Adap
     reasons = {name: reason for name, layer in adapters.items() if (reason := _obstacle(layer)) is not None}
     for name, layer in adapters.items():
         if name not in reasons:
-            adapter = Adapter(layer.lora_A, layer.lora_B, layer.peft_config.scaling)
+            adapter = Adapter(layer.lora_A, layer.lora_B, layer.scaling)
             fuse_linear(layer, adapter, keeps_products=recompute == "selective", dropout=dropout)
     Watch(model, [layer.fused_core.store for layer in adapters.values() if isinstance(layer, FusedLinear)])
     num_fused, total = len(adapters) - len(reasons), len(adapters)
