@@ -13,7 +13,8 @@ fp32 ("emulated"), so that a fault of the computation shows apart from the schem
 over the full vocabulary, every token labelled, clipping and AdamW inside the clock, weights made on the device: the
 fast path, the same with 8-bit weights, and Hugging Face's layers with this project's adapters, SDPA and the default
 loss; ``--cases "fast:swiglu_products=0"`` makes another choice of `fast/choices.py`, ``fp8:copies=1``,
-``fp8:by_rows=0`` or ``fp8:rounds_in_norm=0`` another scheme of the base in 8 bits. TFLOP/s are hardware operations by
+``fp8:by_rows=0`` or ``fp8:rounds_in_norm=0`` another scheme of the base in 8 bits, ``fast:dropout=0.1`` and
+``fast:dropout=0.1;position=pre`` drop adapters' outputs or inputs. TFLOP/s are hardware operations by
 the formula in `lora_flops_per_token`; a rate above the device's peak is refused. Exit status 1 when a check fails.
 
 `--device cpu --small` runs the script itself on any machine.
@@ -27,6 +28,7 @@ import dataclasses
 import gc
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -46,6 +48,7 @@ from nemo_automodel.components._peft.lora import PeftConfig, apply_lora, lora_la
 from nemo_automodel.components.distributed.grad import clip_grad_norm
 from nemo_automodel.components.fast.choices import DEFAULT, Choices
 from nemo_automodel.components.fast.decoder_layer import speed_up
+from nemo_automodel.components.fast.dropout import AdapterDropout
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.fp8_store import Fp8Scheme, Fp8Store
 from nemo_automodel.components.fast.names import Adapter, Slot
@@ -54,8 +57,9 @@ from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.components.training import flops
 from nemo_automodel.components.training.flops import StepSize
-from nemo_automodel.kernels import fp8, linear_ce, norm, rope, swiglu_lora
+from nemo_automodel.kernels import dropped_products, fp8, linear_ce, norm, rope, swiglu_lora
 from nemo_automodel.kernels.copy_many import CopyMany, copy_many_reference
+from nemo_automodel.kernels.dropout import Dropout, shares_of
 from nemo_automodel.kernels.jit import HAS_TRITON
 from nemo_automodel.kernels.lora import Update, add_update_reference, add_update_triton
 
@@ -99,7 +103,7 @@ def main() -> int:
         record["kernels"] = check_kernels(args.device, failures)
         record["layers"] = {family: check_layer(family, args, failures) for family in SHAPES}
     record["steps"] = {}
-    for case in args.cases.split(","):
+    for case in re.split(r",(?![a-z_]+=)", args.cases):
         record["steps"][case] = time_case(case, args)
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -125,6 +129,7 @@ def check_kernels(device: str, failures: list[str]) -> dict[str, float]:
         swiglu_case,
         swiglu_lora_case,
         add_update_case,
+        dropped_case,
         rope_case,
         cross_entropy_case,
         copy_many_case,
@@ -290,6 +295,67 @@ def copy_many_case() -> Case:
     return {"copy many": (checked, plain, torch.cat([(s.double() * scale).flatten() for _, s, scale in copies[0]]))}
 
 
+def dropped_case() -> Case:
+    """Every kernel with masks; the plain form makes its masks in PyTorch, so a mask that differs shows as an error."""
+    found: Case = {}
+    rows, width, parts = 515, 5123, ((0, 16), (16, 27), (27, 43))
+    seed = torch.randint(2**63 - 1, (1,), device="cuda")
+    x, low, y = _random(rows, width), _random(rows, 64), _random(rows, width)
+    factor = _random(width, 64) * 0.1
+    for name, streams in (("one mask", (3,)), ("three masks", (4, 5, 6))):
+        masks = tuple(Dropout(seed, stream, 0.1) for stream in streams)
+        shares = shares_of(parts, masks)
+        exact = {"low": torch.zeros(rows, 64, device="cuda").double(), "grad": torch.zeros(width, 64).double().cuda()}
+        total = y.double()
+        for first, to, mask in shares:
+            exact["low"][:, first:to] = mask.apply(x.double()) @ factor.double()[:, first:to]
+            exact["grad"][:, first:to] = mask.apply(x.double()).t() @ low.double()[:, first:to]
+            total = total + mask.apply(low.double()[:, first:to] @ factor.double().t()[first:to])
+        for kind, other in (("low", factor), ("grad", low)):
+            results = [
+                getattr(dropped_products, f"dropped_{kind}_{run}")(x, other, shares) for run in ("triton", "reference")
+            ]
+            found[f"{kind} under {name}"] = (*results, exact[kind])
+        update, added, plain = Update(low, factor.t(), parts, masks), y.clone(), y.clone()
+        add_update_triton(added, update, None)
+        add_update_reference(plain, update, None)
+        found[f"update under {name}"] = (added, plain, total)
+    return found | dropped_swiglu_case(seed)
+
+
+def dropped_swiglu_case(seed: torch.Tensor) -> Case:
+    found: Case = {}
+    rows, width, parts, rank = 515, 5123, ((0, 16), (16, 27)), 16
+    gate_up, dh = _random(rows, 2 * width) * 2, _random(rows, width)
+    low, dlow, a = _random(rows, 64), _random(rows, 64), _random(64, width) * 0.1
+    a[rank:] = 0
+    b = torch.zeros(2 * width, 64, dtype=torch.bfloat16, device="cuda")
+    for index, (first, to) in enumerate(parts):
+        b[index * width : (index + 1) * width, first:to] = _random(width, to - first) * 0.3
+    for position in ("pre", "post"):
+        mask = Dropout(seed, 9, 0.1)
+        over_h = mask.apply(torch.ones(rows, width, device="cuda").double()) if position == "pre" else 1.0
+        over_gate_up = mask.apply(torch.ones(rows, 2 * width, device="cuda").double()) if position == "post" else 1.0
+        leaf = gate_up.double().requires_grad_()
+        gate, up = (leaf + low.double() @ b.double().t() * over_gate_up).chunk(2, dim=-1)
+        h = gate * torch.sigmoid(gate) * up
+        grad = torch.autograd.grad(h, leaf, dh.double() + dlow.double() @ a.double() * over_h)[0]
+        h = h.detach()
+        oracle = (h, grad, h, (h * over_h) @ a.double().t(), (grad * over_gate_up) @ b.double())
+        update = Update(low, b.t(), parts, (mask,) if position == "post" else ())
+        dh_update = Update(dlow, a, ((0, rank),), (mask,) if position == "pre" else ())
+        results = []
+        for run in ("triton", "reference"):
+            out, work, again = _nan(rows, width + 64)[:, :width], gate_up.clone(), dh.clone()
+            forward = getattr(swiglu_lora, f"swiglu_lora_{run}")
+            low_h = forward(gate_up, out, update, a, rank, mask if position == "pre" else None)
+            product = getattr(swiglu_lora, f"swiglu_lora_backward_{run}")(again, work, update, dh_update, b, parts)
+            results.append((out, work, again, low_h, product))
+        names = ("h", "dgate_up", "h again", "h·A", "d·B")
+        found |= {f"swiglu {position} {n}": case for n, *case in zip(names, *results, oracle, strict=True)}  # type: ignore[misc]
+    return found
+
+
 def rope_case() -> Case:
     found: Case = {}
     for with_norm in (False, True):
@@ -365,20 +431,28 @@ def make_config(family: str, args: argparse.Namespace, num_layers: int | None) -
     return config
 
 
-def add_lora(model: nn.Module, random_b: bool) -> None:
-    apply_lora(model, PeftConfig(target_modules="*_proj", dim=LORA_RANK, alpha=2 * LORA_RANK))  # type: ignore[arg-type]
+def add_lora(model: nn.Module, random_b: bool, dropout: AdapterDropout | None = None) -> None:
+    cfg = PeftConfig(target_modules=["*_proj"], dim=LORA_RANK, alpha=2 * LORA_RANK)
+    if dropout is not None:
+        cfg.dropout, cfg.dropout_position = dropout.probability, dropout.position
+    apply_lora(model, cfg)  # type: ignore[arg-type]
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_A.weight, std=0.02)
         if random_b:
             nn.init.normal_(layer.lora_B.weight, std=0.02)
 
 
-def make_fast(model: nn.Module, store: type[WeightStore] = DenseStore, choices: Choices = DEFAULT) -> None:
+def make_fast(
+    model: nn.Module,
+    store: type[WeightStore] = DenseStore,
+    choices: Choices = DEFAULT,
+    dropout: AdapterDropout | None = None,
+) -> None:
     adapters: dict[nn.Module, Adapter] = {
-        layer: Adapter(layer.lora_A, layer.lora_B, layer.peft_config.scaling) for layer in lora_layers(model).values()
+        layer: Adapter(layer.lora_A, layer.lora_B, layer.scaling) for layer in lora_layers(model).values()
     }
     for layer in model.model.layers:  # type: ignore[union-attr]
-        speed_up(layer, adapters, store=store, choices=choices)
+        speed_up(layer, adapters, store=store, choices=choices, dropout=dropout)
     Watch(model, [store for layer in model.model.layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
     speed_up_norm(model.model.norm)  # type: ignore[union-attr, arg-type]
 
@@ -474,21 +548,27 @@ def time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-def read_case(case: str) -> tuple[str, type[WeightStore], Choices]:
-    """Read ``fast``, ``fp8`` or ``plain``, with choices behind a colon: ``fp8:swiglu_products=0;copies=1``."""
+def read_case(case: str) -> tuple[str, type[WeightStore], Choices, AdapterDropout | None]:
+    """Read ``fast``, ``fp8`` or ``plain``, with choices behind a colon: ``fp8:swiglu_products=0;copies=1``.
+
+    ``dropout=0.1`` and ``position=pre`` (post without it) are choices too, also of ``plain``.
+    """
     path, _, rest = case.partition(":")
-    values = {name: int(value) for name, _, value in (part.partition("=") for part in rest.split(";") if part)}
+    values = {name: value for name, _, value in (part.partition("=") for part in rest.split(";") if part)}
+    probability, position = float(values.pop("dropout", 0)), values.pop("position", "post")
     scheme = Fp8Scheme(
-        by_rows=bool(values.pop("by_rows", 1)),
-        copies=values.pop("copies", 2),
-        rounds_in_norm=bool(values.pop("rounds_in_norm", 1)),
+        by_rows=bool(int(values.pop("by_rows", 1))),
+        copies=int(values.pop("copies", 2)),
+        rounds_in_norm=bool(int(values.pop("rounds_in_norm", 1))),
     )
-    choices = dataclasses.replace(DEFAULT, **{name: bool(value) for name, value in values.items()})
-    return path, Fp8Store.under(scheme) if path == "fp8" else DenseStore, choices
+    choices = dataclasses.replace(DEFAULT, **{name: bool(int(value)) for name, value in values.items()})
+    dropout = AdapterDropout(probability, position) if probability else None
+    return path, Fp8Store.under(scheme) if path == "fp8" else DenseStore, choices, dropout
 
 
 def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     device, seq_len = args.device, 64 if args.small else args.seq_len
+    path, store, choices, dropout = read_case(case)
     config = make_config(args.family, args, args.layers)
     started = time.perf_counter()
     torch.manual_seed(2)
@@ -496,15 +576,14 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16 if device == "cuda" else torch.float32
         )
-        add_lora(model, random_b=False)
+        add_lora(model, random_b=False, dropout=dropout)
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
         layer.lora_A.weight.requires_grad_()
         layer.lora_B.weight.requires_grad_()
     model.train()
-    path, store, choices = read_case(case)
     if path != "plain":
-        make_fast(model, store, choices)
+        make_fast(model, store, choices, dropout)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     batches = [torch.randint(0, config.vocab_size, (args.rows, seq_len), device=device) for _ in range(8)]
@@ -662,12 +741,12 @@ def kind_of_kernel(name: str) -> str:
         return "quantise"
     if name.startswith("_nf4_"):
         return "unpack"
-    return "LoRA" if name.startswith(("_add_update_", "_sum_")) else "elementwise"
+    return "LoRA" if name.startswith(("_add_update_", "_sum_", "_dropped_")) else "elementwise"
 
 
 def is_ours(kernel: str) -> bool:
     return kernel.startswith(
-        ("_norm_", "_rope_", "_swiglu_", "_cross_entropy_", "_fp8_", "_nf4_", "_add_update_", "_sum_")
+        ("_norm_", "_rope_", "_swiglu_", "_cross_entropy_", "_fp8_", "_nf4_", "_add_update_", "_sum_", "_dropped_")
     )
 
 

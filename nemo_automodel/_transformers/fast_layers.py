@@ -34,6 +34,7 @@ from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
 from nemo_automodel.components.fast.choices import Choices
 from nemo_automodel.components.fast.decoder_layer import Attention, causal_attention, causal_attention_by, speed_up
+from nemo_automodel.components.fast.dropout import AdapterDropout
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import GROUPS, Adapter
 from nemo_automodel.components.fast.nf4_store import Nf4Fp8Store, Nf4Store
@@ -93,7 +94,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
             raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
         logger.info("Decoder layers: plain Transformers: %s.", reason)
         obstacle = _obstacle_to_adapters(model, request)
-        is_any_fused = obstacle is None and fuse_adapters(model, request.recompute) > 0
+        is_any_fused = obstacle is None and fuse_adapters(model, request.recompute, _dropout(request.peft)) > 0
         if obstacle not in (None, reason):
             logger.info("Adapters: plain: %s.", obstacle)
         if request.wish == "on" and not is_any_fused:
@@ -107,7 +108,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
     name, total = type(layers[0]).__name__, len(layers)
-    adapters, (store, weights) = _adapters(model), _choose_store(layers[0], request)
+    adapters, (store, weights), dropout = _adapters(model), _choose_store(layers[0], request), _dropout(request.peft)
     table = choose_kernels(model, max(layers, key=lambda layer: len(lora_layers(layer))), request.kernels, store)
     choices = Choices.from_names(table.names())
     attention = partial(attention_for, causal=causal_attention_by(choices.attention))
@@ -115,7 +116,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     for layer in layers:
         with nullcontext() if packer is None else packer.packing(layer):
             make = store if packer is None else packer.store
-            speed_up(layer, adapters, request.recompute, make, choices, attention)
+            speed_up(layer, adapters, request.recompute, make, choices, attention, dropout)
     if packer is not None:
         packer.finish()
     Watch(model, [store for layer in layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
@@ -123,7 +124,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     model.kernel_table = table.to_json()  # type: ignore[assignment]
     what = f"{total} of {total}, {name}{weights}; recomputed: {request.recompute}"
-    logger.info("Decoder layers: fast (%s).", what)
+    logger.info("Decoder layers: fast (%s%s).", what, "" if dropout is None else f"; {dropout}")
     return True
 
 
@@ -175,9 +176,11 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
 
 
 def _adapters(model: PreTrainedModel) -> dict[nn.Module, Adapter]:
-    return {
-        layer: Adapter(layer.lora_A, layer.lora_B, layer.peft_config.scaling) for layer in lora_layers(model).values()
-    }
+    return {layer: Adapter(layer.lora_A, layer.lora_B, layer.scaling) for layer in lora_layers(model).values()}
+
+
+def _dropout(peft: PeftConfig | None) -> AdapterDropout | None:
+    return None if peft is None or not peft.dropout else AdapterDropout(peft.dropout, peft.dropout_position)
 
 
 def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], request: FastRequest) -> str | None:
@@ -216,7 +219,7 @@ def _obstacle_to_adapters(model: PreTrainedModel, request: FastRequest) -> str |
 
 def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | None:
     attention = model.config._attn_implementation
-    peft, dropout = request.peft, 0.0 if request.peft is None else request.peft.dropout
+    peft = request.peft
     reasons = {
         "`force_hf: true`": request.force_hf,
         "`fast_layers: off`": request.wish == "off",
@@ -224,7 +227,6 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
         "the layers are compiled instead": request.is_compiled,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
         "DoRA is not on the fast path yet": peft is not None and peft.use_dora,
-        f"dropout {dropout:g} on adapters is not on the fast path yet": dropout > 0,
         f"`attn_implementation: {attention}` was asked for": request.asks_attention and attention != "sdpa",
     }
     return next((reason for reason, applies in reasons.items() if applies), None)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
+from nemo_automodel.components.fast.dropout import AdapterDropout
 from nemo_automodel.components.fast.linear import FusedLinear, fuse_linear
 from nemo_automodel.components.fast.names import Adapter
 from nemo_automodel.components.fast.watch import Watch
@@ -22,25 +23,26 @@ from nemo_automodel.components.fast.watch import Watch
 logger = logging.getLogger(__name__)
 
 
-def fuse_adapters(model: PreTrainedModel, recompute: str = "none") -> int:
+def fuse_adapters(model: PreTrainedModel, recompute: str = "none", dropout: AdapterDropout | None = None) -> int:
     """Give every adapter that can have it its fused form, log how many got it, and return that number.
 
     The model must be on its device. ``recompute`` is the policy under which Transformers runs its layers: ``none``,
-    ``selective`` or ``full``.
+    ``selective`` or ``full``. ``dropout`` is on the adapters.
     """
     adapters = {name: layer for name, layer in lora_layers(model).items() if not isinstance(layer, FusedLinear)}
     reasons = {name: reason for name, layer in adapters.items() if (reason := _obstacle(layer)) is not None}
     for name, layer in adapters.items():
         if name not in reasons:
-            adapter = Adapter(layer.lora_A, layer.lora_B, layer.peft_config.scaling)
-            fuse_linear(layer, adapter, keeps_products=recompute == "selective")
+            adapter = Adapter(layer.lora_A, layer.lora_B, layer.scaling)
+            fuse_linear(layer, adapter, keeps_products=recompute == "selective", dropout=dropout)
     Watch(model, [layer.fused_core.store for layer in adapters.values() if isinstance(layer, FusedLinear)])
     num_fused, total = len(adapters) - len(reasons), len(adapters)
     rest = ""
     if reasons:
         first = next(iter(reasons))
         rest = f"; plain: {len(reasons)}, the first is `{first}`, {reasons[first]}"
-    logger.info("Adapters: fused on %d of %d linear layers%s.", num_fused, total, rest)
+    variant = "" if dropout is None else f"; {dropout}"
+    logger.info("Adapters: fused on %d of %d linear layers%s%s.", num_fused, total, variant, rest)
     return num_fused
 
 

@@ -129,7 +129,7 @@ class LayerTrial:
     def _core(self) -> DecoderCore:
         assert self._plain_distances  # made first: the core moves the weights
         adapters: dict[nn.Module, Adapter] = {
-            m: Adapter(m.lora_A, m.lora_B, m.peft_config.scaling) for m in lora_layers(self._scratch).values()
+            m: Adapter(m.lora_A, m.lora_B, m.scaling) for m in lora_layers(self._scratch).values()
         }
         return DecoderCore(self._scratch, adapters, store=self.store)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo_automodel.kernels.dropout import Dropout, keeps_tile, shares_of
 from nemo_automodel.kernels.jit import jit, next_power_of_2, runs_triton, tl
 
 _BLOCK_T = 64
@@ -32,11 +33,13 @@ class Update:
     """A product of low rank that is still to be added: ``low @ factor``.
 
     ``parts`` are the ranks of each layer in the pack, ``(first, last + 1)``. The last dimension of ``low_TR`` is dense.
+    With one mask in ``dropouts`` it lies over the sum, with several each lies over the product of its part's ranks.
     """
 
     low_TR: torch.Tensor
     factor_RN: torch.Tensor
     parts: tuple[tuple[int, int], ...]
+    dropouts: tuple[Dropout, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -45,7 +48,13 @@ class Update:
 
     def product(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the update ``[T, N]`` in ``dtype``, by one plain product."""
-        return self.low_TR.to(dtype) @ self.factor_RN.to(dtype)
+        low_TR, factor_RN = self.low_TR.to(dtype), self.factor_RN.to(dtype)
+        if not self.dropouts:
+            return low_TR @ factor_RN
+        total_TN = low_TR.new_zeros((low_TR.shape[0], factor_RN.shape[1]))
+        for first, to, dropout in shares_of(self.parts, self.dropouts):
+            total_TN += dropout.apply(low_TR[:, first:to] @ factor_RN[first:to])
+        return total_TN
 
 
 def low_rank_grads(
@@ -123,6 +132,7 @@ def _add_update_kernel(
     residual_ptr,
     low_ptr,
     factor_ptr,
+    seed_ptr,
     num_rows,
     num_cols,
     y_row,
@@ -131,7 +141,9 @@ def _add_update_kernel(
     factor_rank,
     factor_col,
     HAS_RESIDUAL: tl.constexpr,
-    RANK: tl.constexpr,
+    SHARES: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -143,20 +155,39 @@ def _add_update_kernel(
     y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + rows[:, None] * residual_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    y += update_tile(
-        low_ptr, factor_ptr, rows, cols, num_rows, num_cols, low_row, factor_rank, factor_col, 0, RANK, BLOCK_R
-    )
+    for i in tl.static_range(len(SHARES)):
+        update = update_tile(
+            low_ptr,
+            factor_ptr,
+            rows,
+            cols,
+            num_rows,
+            num_cols,
+            low_row,
+            factor_rank,
+            factor_col,
+            SHARES[i][0],
+            SHARES[i][1],
+            BLOCK_R,
+        )
+        if THRESHOLD > 0:
+            keeps = keeps_tile(seed_ptr, rows, cols, num_cols, SHARES[i][2], THRESHOLD)
+            update = tl.where(keeps, update * SCALE, 0.0)
+        y += update
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def add_update_triton(y_TN: torch.Tensor, update: Update, residual_TN: torch.Tensor | None) -> None:
     """Do what `add_update_` says, one program a tile."""
     num_rows, num_cols = y_TN.shape
+    shares = [(0, update.rank, None)] if not update.dropouts else shares_of(update.parts, update.dropouts)
+    dropout = update.dropouts[0] if update.dropouts else None
     _add_update_kernel[(-(-num_rows // _BLOCK_T), -(-num_cols // _BLOCK_N))](
         y_TN,
         y_TN if residual_TN is None else residual_TN,
         update.low_TR,
         update.factor_RN,
+        y_TN if dropout is None else dropout.seed,
         num_rows,
         num_cols,
         y_TN.stride(0),
@@ -164,8 +195,10 @@ def add_update_triton(y_TN: torch.Tensor, update: Update, residual_TN: torch.Ten
         update.low_TR.stride(0),
         *update.factor_RN.stride(),
         HAS_RESIDUAL=residual_TN is not None,
-        RANK=update.rank,
-        BLOCK_R=block_r(update.rank),
+        SHARES=tuple((first, to, 0 if mask is None else mask.salt) for first, to, mask in shares),
+        THRESHOLD=0 if dropout is None else dropout.threshold,
+        SCALE=1.0 if dropout is None else dropout.scale,
+        BLOCK_R=block_r(max(to - first for first, to, _ in shares)),
         BLOCK_T=_BLOCK_T,
         BLOCK_N=_BLOCK_N,
         num_warps=8,

@@ -19,27 +19,37 @@ from __future__ import annotations
 
 import torch
 
+from nemo_automodel.kernels.dropout import Dropout, keeps_tile
+from nemo_automodel.kernels.dropped_products import dropped_low
 from nemo_automodel.kernels.jit import jit, runs_triton, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, Update, block_r, update_tile
 
 BLOCK_T, BLOCK_N, NUM_WARPS, PIECES = 64, 64, 4, 8
 """Rows and columns of a tile, warps of a program, pieces of a row."""
+MASKED_NUM_WARPS = 8
+"""Making masks takes registers; with four warps the backward pass spills twice as many."""
 
 
 def swiglu_lora(
-    gate_up_TG: torch.Tensor, out_TF: torch.Tensor, update: Update | None, a_RF: torch.Tensor | None, a_rank: int
+    gate_up_TG: torch.Tensor,
+    out_TF: torch.Tensor,
+    update: Update | None,
+    a_RF: torch.Tensor | None,
+    a_rank: int,
+    a_dropout: Dropout | None = None,
 ) -> torch.Tensor | None:
     """Write ``silu(gate) · up`` to ``out_TF``, the update added to gate and up first; return ``out·Aᵀ`` ``[T, R]``.
 
     ``gate_up_TG`` stays as it is. Without ``a_RF`` the result is None. Rows may lie in wider buffers.
-    ``a_rank`` is how many rows of ``a_RF`` are in use; the others are zero.
+    ``a_rank`` is how many rows of ``a_RF`` are in use; the others are zero. ``a_dropout`` drops what A multiplies.
     """
     if not runs_triton(gate_up_TG):
-        return swiglu_lora_reference(gate_up_TG, out_TF, update, a_RF, a_rank)
+        return swiglu_lora_reference(gate_up_TG, out_TF, update, a_RF, a_rank, a_dropout)
     if a_RF is None or a_rank <= MAX_BLOCK_R:
-        return swiglu_lora_triton(gate_up_TG, out_TF, update, a_RF, a_rank)
+        return swiglu_lora_triton(gate_up_TG, out_TF, update, a_RF, a_rank, a_dropout)
     swiglu_lora_triton(gate_up_TG, out_TF, update, None, 0)
-    return torch.mm(out_TF, a_RF.t())  # more ranks than a tile holds: a plain product reads h once more
+    # more ranks than a tile holds: a product of its own reads h once more
+    return torch.mm(out_TF, a_RF.t()) if a_dropout is None else _product(out_TF, a_RF.t(), a_rank, a_dropout)
 
 
 def swiglu_lora_backward(
@@ -53,21 +63,40 @@ def swiglu_lora_backward(
     """Overwrite gate and up with their gradients and ``dh_TF`` with ``h``; return ``d(gate, up)·B`` ``[T, R]``.
 
     ``update`` is the one of `swiglu_lora`, ``dh_update`` is added to dh first. ``b_GR`` holds the blocks of gate and up
-    at the ranks ``parts`` and zero elsewhere; without it the result is None.
+    at the ranks ``parts`` and zero elsewhere; without it the result is None. A mask over the update lies over what B
+    multiplies as well.
     """
     if not runs_triton(gate_up_TG):
         return swiglu_lora_backward_reference(dh_TF, gate_up_TG, update, dh_update, b_GR, parts)
     if b_GR is None or max(to - first for first, to in parts) <= MAX_BLOCK_R:
         return swiglu_lora_backward_triton(dh_TF, gate_up_TG, update, dh_update, b_GR, parts)
     swiglu_lora_backward_triton(dh_TF, gate_up_TG, update, dh_update, None, parts)
-    return torch.mm(gate_up_TG, b_GR)
+    dropout = _mask_of(update)
+    return torch.mm(gate_up_TG, b_GR) if dropout is None else _product(gate_up_TG, b_GR, parts[-1][1], dropout)
+
+
+def _mask_of(update: Update | None) -> Dropout | None:
+    """Return the mask over an update; SwiGLU's matrices have one at most."""
+    if update is None or not update.dropouts:
+        return None
+    (dropout,) = update.dropouts
+    return dropout
+
+
+def _product(x_TN: torch.Tensor, factor_NR: torch.Tensor, rank: int, dropout: Dropout) -> torch.Tensor:
+    return dropped_low(x_TN, factor_NR, ((0, rank),), (dropout,))
 
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
 def swiglu_lora_reference(
-    gate_up_TG: torch.Tensor, out_TF: torch.Tensor, update: Update | None, a_RF: torch.Tensor | None, a_rank: int
+    gate_up_TG: torch.Tensor,
+    out_TF: torch.Tensor,
+    update: Update | None,
+    a_RF: torch.Tensor | None,
+    a_rank: int,
+    a_dropout: Dropout | None = None,
 ) -> torch.Tensor | None:
     """Do what `swiglu_lora` says in plain operations."""
     math_dtype = torch.promote_types(gate_up_TG.dtype, torch.float32)
@@ -75,7 +104,9 @@ def swiglu_lora_reference(
         gate_up_TG = gate_up_TG.to(math_dtype) + update.product(math_dtype)
     gate, up = gate_up_TG.to(math_dtype).chunk(2, dim=-1)
     out_TF.copy_(torch.nn.functional.silu(gate) * up)
-    return None if a_RF is None else torch.mm(out_TF, a_RF.t())
+    if a_RF is None:
+        return None
+    return torch.mm(out_TF if a_dropout is None else a_dropout.apply(out_TF), a_RF.t())
 
 
 def swiglu_lora_backward_reference(
@@ -99,7 +130,10 @@ def swiglu_lora_backward_reference(
     dgate, dup = dh * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * silu
     dh_TF.copy_(silu * up)  # dh and gate may be views of what is overwritten here
     gate_up_TG.copy_(torch.cat([dgate, dup], dim=-1))
-    return None if b_GR is None else torch.mm(gate_up_TG, b_GR)
+    if b_GR is None:
+        return None
+    dropout = _mask_of(update)
+    return torch.mm(gate_up_TG if dropout is None else dropout.apply(gate_up_TG), b_GR)
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
@@ -113,6 +147,7 @@ def _swiglu_lora_forward_kernel(
     b_ptr,
     a_ptr,
     partial_ptr,
+    seed_ptr,
     num_rows,
     num_cols,
     piece_cols,
@@ -131,6 +166,12 @@ def _swiglu_lora_forward_kernel(
     A_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DROPS_UPDATE: tl.constexpr,
+    DROPS_A: tl.constexpr,
+    UPDATE_SALT: tl.constexpr,
+    A_SALT: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     piece = tl.program_id(1).to(tl.int64)
@@ -144,10 +185,10 @@ def _swiglu_lora_forward_kernel(
         gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(at + num_cols, mask=mask, other=0.0).to(tl.float32)
         if HAS_UPDATE:
-            gate += update_tile(
+            gate_update = update_tile(
                 low_ptr, b_ptr, rows, cols, num_rows, num_cols, low_row, b_rank, b_col, GATE_FROM, UP_FROM, BLOCK_R
             )
-            up += update_tile(
+            up_update = update_tile(
                 low_ptr,
                 b_ptr + num_cols * b_col,
                 rows,
@@ -161,6 +202,13 @@ def _swiglu_lora_forward_kernel(
                 UP_TO,
                 BLOCK_R,
             )
+            if DROPS_UPDATE:
+                gate_keeps = keeps_tile(seed_ptr, rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
+                up_keeps = keeps_tile(seed_ptr, rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
+                gate_update = tl.where(gate_keeps, gate_update * SCALE, 0.0)
+                up_update = tl.where(up_keeps, up_update * SCALE, 0.0)
+            gate += gate_update
+            up += up_update
         h = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], h, mask=mask)
         if A_RANK > 0:
@@ -169,8 +217,13 @@ def _swiglu_lora_forward_kernel(
                 mask=(ranks < A_RANK)[None, :] & (cols < num_cols)[:, None],
                 other=0.0,
             )
+            if DROPS_A:
+                h_keeps = keeps_tile(seed_ptr, rows, cols, num_cols, A_SALT, THRESHOLD)
+                h = tl.where(h_keeps, h, 0.0).to(out_ptr.dtype.element_ty)
             product = tl.dot(h, a, product, input_precision="ieee")
     if A_RANK > 0:
+        if DROPS_A:
+            product = product * SCALE
         to = partial_ptr + (piece * num_rows + rows)[:, None] * A_RANK + ranks[None, :]
         tl.store(to, product, mask=inside_T[:, None] & (ranks < A_RANK)[None, :])
 
@@ -184,6 +237,7 @@ def _swiglu_lora_backward_kernel(
     b_ptr,
     a_ptr,
     partial_ptr,
+    seed_ptr,
     num_rows,
     num_cols,
     piece_cols,
@@ -205,6 +259,12 @@ def _swiglu_lora_backward_kernel(
     A_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DROPS_UPDATE: tl.constexpr,
+    DROPS_A: tl.constexpr,
+    UPDATE_SALT: tl.constexpr,
+    A_SALT: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     piece = tl.program_id(1).to(tl.int64)
@@ -224,16 +284,28 @@ def _swiglu_lora_backward_kernel(
         up = tl.load(at + num_cols, mask=mask, other=0.0).to(tl.float32)
         dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
         if A_RANK > 0:
-            dh += update_tile(
+            dh_update = update_tile(
                 dlow_ptr, a_ptr, rows, cols, num_rows, num_cols, dlow_row, a_rank, a_col, 0, A_RANK, A_BLOCK
             )
+            if DROPS_A:
+                h_keeps = keeps_tile(seed_ptr, rows, cols, num_cols, A_SALT, THRESHOLD)
+                dh_update = tl.where(h_keeps, dh_update * SCALE, 0.0)
+            dh += dh_update
+        if DROPS_UPDATE:
+            gate_keeps = keeps_tile(seed_ptr, rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
+            up_keeps = keeps_tile(seed_ptr, rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
         if HAS_UPDATE:
-            gate += update_tile(
+            gate_update = update_tile(
                 low_ptr, b_ptr, rows, cols, num_rows, num_cols, low_row, b_rank, b_col, GATE_FROM, UP_FROM, BLOCK_R
             )
-            up += update_tile(
+            up_update = update_tile(
                 low_ptr, up_b_ptr, rows, cols, num_rows, num_cols, low_row, b_rank, b_col, UP_FROM, UP_TO, BLOCK_R
             )
+            if DROPS_UPDATE:
+                gate_update = tl.where(gate_keeps, gate_update * SCALE, 0.0)
+                up_update = tl.where(up_keeps, up_update * SCALE, 0.0)
+            gate += gate_update
+            up += up_update
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         silu = gate * sigmoid
         dgate = (dh * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(dtype)
@@ -253,9 +325,15 @@ def _swiglu_lora_backward_kernel(
                 mask=inside_N[:, None] & (ranks < UP_TO - UP_FROM)[None, :],
                 other=0.0,
             )
+            if DROPS_UPDATE:
+                dgate = tl.where(gate_keeps, dgate, 0.0).to(dtype)
+                dup = tl.where(up_keeps, dup, 0.0).to(dtype)
             gate_product = tl.dot(dgate, b_gate, gate_product, input_precision="ieee")
             up_product = tl.dot(dup, b_up, up_product, input_precision="ieee")
     if MULTIPLIES:
+        if DROPS_UPDATE:
+            gate_product = gate_product * SCALE
+            up_product = up_product * SCALE
         to = partial_ptr + (piece * num_rows + rows)[:, None] * UP_TO + ranks[None, :]
         tl.store(to + GATE_FROM, gate_product, mask=inside_T[:, None] & (ranks < UP_FROM - GATE_FROM)[None, :])
         tl.store(to + UP_FROM, up_product, mask=inside_T[:, None] & (ranks < UP_TO - UP_FROM)[None, :])
@@ -281,7 +359,20 @@ def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str
         "A_BLOCK": block_r(a_rank),
         "BLOCK_T": BLOCK_T,
         "BLOCK_N": BLOCK_N,
-        "num_warps": NUM_WARPS,
+    }
+
+
+def _drop_constants(update: Dropout | None, a: Dropout | None) -> dict[str, float]:
+    """Return what the kernels need to know of the masks over gate and up and over h, and the warps to make them."""
+    either = update or a
+    return {
+        "DROPS_UPDATE": update is not None,
+        "DROPS_A": a is not None,
+        "UPDATE_SALT": 0 if update is None else update.salt,
+        "A_SALT": 0 if a is None else a.salt,
+        "num_warps": NUM_WARPS if either is None else MASKED_NUM_WARPS,
+        "THRESHOLD": 0 if either is None else either.threshold,
+        "SCALE": 1.0 if either is None else either.scale,
     }
 
 
@@ -314,13 +405,20 @@ def _sum_pieces(partial_PTR: torch.Tensor, width: int, dtype: torch.dtype) -> to
 
 
 def swiglu_lora_triton(
-    gate_up_TG: torch.Tensor, out_TF: torch.Tensor, update: Update | None, a_RF: torch.Tensor | None, a_rank: int
+    gate_up_TG: torch.Tensor,
+    out_TF: torch.Tensor,
+    update: Update | None,
+    a_RF: torch.Tensor | None,
+    a_rank: int,
+    a_dropout: Dropout | None = None,
 ) -> torch.Tensor | None:
     """Do what `swiglu_lora` says."""
     num_rows, num_cols = out_TF.shape
     (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols)
     low_TR, factor_RN = (gate_up_TG, gate_up_TG) if update is None else (update.low_TR, update.factor_RN)
     partial_PTR = gate_up_TG.new_empty((num_pieces, num_rows, a_rank), dtype=torch.float32)
+    dropout = _mask_of(update)
+    either = dropout or a_dropout
     _swiglu_lora_forward_kernel[(grid_rows, num_pieces)](
         gate_up_TG,
         out_TF,
@@ -328,6 +426,7 @@ def swiglu_lora_triton(
         factor_RN,
         gate_up_TG if a_RF is None else a_RF,
         partial_PTR,
+        gate_up_TG if either is None else either.seed,
         num_rows,
         num_cols,
         piece_cols,
@@ -338,6 +437,7 @@ def swiglu_lora_triton(
         0 if a_RF is None else a_RF.stride(0),
         HAS_UPDATE=update is not None,
         **_rank_constants(() if update is None else update.parts, a_rank),
+        **_drop_constants(dropout, a_dropout),
     )
     return None if a_RF is None else _sum_pieces(partial_PTR, a_RF.shape[0], out_TF.dtype)
 
@@ -359,6 +459,8 @@ def swiglu_lora_backward_triton(
     b_RG = factor_RN if b_GR is None else b_GR.t()
     dlow_TR, a_RF = (dh_TF, dh_TF) if dh_update is None else (dh_update.low_TR, dh_update.factor_RN)
     partial_PTR = gate_up_TG.new_empty((num_pieces, num_rows, rank), dtype=torch.float32)
+    dropout, dh_dropout = _mask_of(update), _mask_of(dh_update)
+    either = dropout or dh_dropout
     _swiglu_lora_backward_kernel[(grid_rows, num_pieces)](
         dh_TF,
         gate_up_TG,
@@ -367,6 +469,7 @@ def swiglu_lora_backward_triton(
         b_RG,
         a_RF,
         partial_PTR,
+        gate_up_TG if either is None else either.seed,
         num_rows,
         num_cols,
         piece_cols,
@@ -379,5 +482,6 @@ def swiglu_lora_backward_triton(
         HAS_UPDATE=update is not None,
         MULTIPLIES=b_GR is not None,
         **_rank_constants(parts, 0 if dh_update is None else dh_update.rank),
+        **_drop_constants(dropout, dh_dropout),
     )
     return None if b_GR is None else _sum_pieces(partial_PTR, b_GR.shape[1], dh_TF.dtype)

@@ -60,6 +60,14 @@ def test_fast_layers_recompute_by_themselves(caplog, policy):
     assert not model.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_dropout_on_adapters_is_named(caplog, position):
+    peft = PeftConfig(target_modules="*_proj", dim=2, dropout=0.1, dropout_position=position)
+    model, line = build(caplog, fast_layers="on", peft_config=peft)
+    assert line == f"fast (2 of 2, LlamaDecoderLayer; recomputed: none; dropout 0.1 {position})."
+    assert is_fast(model) == [True, True]
+
+
 UNFIT = [
     ({"fast_layers": "auto"}, {}, "the model is on the cpu"),
     ({"fast_layers": "off"}, {}, "`fast_layers: off`"),
@@ -69,11 +77,6 @@ UNFIT = [
     ({"compile_layers": True}, {}, "the layers are compiled instead"),
     ({"compile_config": CompileConfig(enabled=True)}, {}, "the layers are compiled instead"),
     ({"attn_implementation": "eager"}, {}, "`attn_implementation: eager` was asked for"),
-    (
-        {"peft_config": PeftConfig(target_modules="*_proj", dim=2, dropout=0.1)},
-        {},
-        "dropout 0.1 on adapters is not on the fast path yet",
-    ),
     (
         {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True)},
         {},
@@ -128,6 +131,9 @@ def test_auto_fuses_adapters_on_a_gpu_in_bfloat16(caplog, monkeypatch, attention
     monkeypatch.setattr(fast_layers.Machine, "of", lambda device: Machine("cuda", (9, 0)))
     build(caplog, tiny_config("gemma3"), torch_dtype="bfloat16", attn_implementation=attention)
     assert adapters_line(caplog) == "fused on 14 of 14 linear layers."
+    peft = PeftConfig(target_modules="*_proj", dim=2, dropout=0.1)
+    build(caplog, tiny_config("gemma3"), torch_dtype="bfloat16", attn_implementation=attention, peft_config=peft)
+    assert adapters_line(caplog) == "fused on 14 of 14 linear layers; dropout 0.1 post."
     build(caplog, tiny_config("gemma3"), torch_dtype="float32", attn_implementation=attention)
     assert adapters_line(caplog) == "plain: the weights are float32, not bfloat16."
 
@@ -135,10 +141,6 @@ def test_auto_fuses_adapters_on_a_gpu_in_bfloat16(caplog, monkeypatch, attention
 @pytest.mark.parametrize(
     ("keywords", "reason"),
     [
-        (
-            {"peft_config": PeftConfig(target_modules="*_proj", dim=2, dropout=0.1)},
-            "dropout 0.1 on adapters is not on the fast path yet",
-        ),
         (
             {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True)},
             "DoRA is not on the fast path yet",

@@ -63,6 +63,17 @@ def test_ranks_and_scales(settings):
     compare("qwen3", adapters_of(**settings))
 
 
+def test_ranks_scales_and_exclusions_by_name():
+    compare(
+        "qwen2",
+        adapters_of(
+            rank_pattern={"*.layers.1.*.down_proj": 9, "k_proj": 1, "gate_proj": 5},
+            alpha_pattern={"v_proj": 2, "up_proj": 7},
+        ),
+    )
+    compare("llama", adapters_of([], exclude_modules=["lm_head", "o_proj", "*.layers.0.mlp.*"]))
+
+
 def test_targets_may_differ_between_layers():
     compare("llama", adapters_of(["*.layers.1.mlp.*_proj", "*.layers.0.self_attn.v_proj"]))
     compare("llama", adapters_of("*.layers.0.mlp.down_proj"))

@@ -13,7 +13,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nemo_automodel.kernels import copy_many, fp8, host_rows, linear_ce, lora, nf4, norm, rope, swiglu_lora
+from nemo_automodel.kernels import (
+    copy_many,
+    dropped_products,
+    fp8,
+    host_rows,
+    linear_ce,
+    lora,
+    nf4,
+    norm,
+    rope,
+    swiglu_lora,
+)
 
 _ROPE = {"NUM_Q": 32, "NUM_KV": 8, "HEAD": 128, "HAS_BIAS": True, "HAS_NORM": True, "BLOCK_H": 16, "BLOCK_E": 64}
 _SWIGLU_LORA = {"HAS_UPDATE": True, "GATE_FROM": 0, "UP_FROM": 64, "UP_TO": 128, "BLOCK_R": 64, "A_RANK": 64}
@@ -21,6 +32,12 @@ _SWIGLU_LORA |= {"A_BLOCK": 64, "BLOCK_T": swiglu_lora.BLOCK_T, "BLOCK_N": swigl
 _NF4_TYPES = {"codes_ptr": "*u8", "absmax_ptr": "*u8", "num_numbers": "i64"}
 _NF4_TYPES |= {f"{name}_ptr": "*fp32" for name in ("nested", "map", "offset", "values", "scale")}
 _NF4 = {"IS_NESTED": True, "LARGEST": 448.0, "SIZE": 64}
+_NO_DROPS = {"DROPS_UPDATE": False, "DROPS_A": False, "UPDATE_SALT": 0, "A_SALT": 0, "THRESHOLD": 0, "SCALE": 1.0}
+_DROPS = {"DROPS_UPDATE": True, "DROPS_A": True, "UPDATE_SALT": 0xDAA66D2B, "A_SALT": 5, "THRESHOLD": 0xE6666666}
+_DROPS |= {"SCALE": 10.0}
+_ADD = {"HAS_RESIDUAL": True, "BLOCK_R": 64, "BLOCK_T": lora._BLOCK_T, "BLOCK_N": lora._BLOCK_N}
+_PRODUCT = {"SHARES": ((0, 16, 7), (16, 32, 0xDAA66D2B), (32, 48, 9)), "THRESHOLD": 429496730, "SCALE": 1.1111}
+_PRODUCT |= {"BLOCK_R": 64, "BLOCK_T": dropped_products.BLOCK_T, "BLOCK_N": dropped_products.BLOCK_N}
 # kernel, pointers to the model's dtype and to others, floats, int64 values, constants: the largest that 8B models need
 CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     (
@@ -79,15 +96,50 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     (
         "update in place",
         lora._add_update_kernel,
-        {},
-        {"HAS_RESIDUAL": True, "RANK": 128, "BLOCK_R": 64, "BLOCK_T": lora._BLOCK_T, "BLOCK_N": lora._BLOCK_N},
+        {"seed_ptr": "*i64"},
+        _ADD | {"SHARES": ((0, 128, 0),), "THRESHOLD": 0, "SCALE": 1.0},
     ),
-    ("swiglu with lora forward", swiglu_lora._swiglu_lora_forward_kernel, {"partial_ptr": "*fp32"}, _SWIGLU_LORA),
+    (
+        "update in place under masks",
+        lora._add_update_kernel,
+        {"seed_ptr": "*i64"},
+        _ADD | {key: _PRODUCT[key] for key in ("SHARES", "THRESHOLD", "SCALE")},
+    ),
+    (
+        "swiglu with lora forward",
+        swiglu_lora._swiglu_lora_forward_kernel,
+        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
+        _SWIGLU_LORA | _NO_DROPS,
+    ),
+    (
+        "swiglu with lora forward under masks",
+        swiglu_lora._swiglu_lora_forward_kernel,
+        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
+        _SWIGLU_LORA | _DROPS,
+    ),
     (
         "swiglu with lora backward",
         swiglu_lora._swiglu_lora_backward_kernel,
-        {"partial_ptr": "*fp32"},
-        _SWIGLU_LORA | {"MULTIPLIES": True},
+        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
+        _SWIGLU_LORA | _NO_DROPS | {"MULTIPLIES": True},
+    ),
+    (
+        "swiglu with lora backward under masks",
+        swiglu_lora._swiglu_lora_backward_kernel,
+        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
+        _SWIGLU_LORA | _DROPS | {"MULTIPLIES": True},
+    ),
+    (
+        "dropped low",
+        dropped_products._dropped_low_kernel,
+        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
+        _PRODUCT,
+    ),
+    (
+        "dropped grad",
+        dropped_products._dropped_grad_kernel,
+        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
+        _PRODUCT,
     ),
     (
         "copy many",

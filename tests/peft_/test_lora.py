@@ -27,6 +27,10 @@ VARIANTS = {
     "dora": {"use_dora": True},
     "kaiming": {"lora_A_init": "kaiming"},
     "pre": {"dropout_position": "pre"},
+    "patterns": {
+        "rank_pattern": {"down_proj": 7, "model.layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+    },
 }
 
 
@@ -47,6 +51,7 @@ def make_pair(family="llama", targets=("q_proj", "down_proj"), **settings):
         peft.LoraConfig(
             r=4, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM", bias="none",
             lora_dropout=cfg.dropout, use_dora=cfg.use_dora, use_rslora=cfg.use_rslora,
+            rank_pattern=cfg.rank_pattern, alpha_pattern=cfg.alpha_pattern,
         ),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(2)
@@ -189,7 +194,7 @@ def test_a_tied_head_named_as_target_keeps_the_embedding_as_it_is():
     assert torch.equal(before, model.model.embed_tokens(torch.tensor([5])))
 
 
-@pytest.mark.parametrize("variant", ["plain", "rslora", "dora"])
+@pytest.mark.parametrize("variant", ["plain", "rslora", "dora", "patterns"])
 def test_saved_adapter_loads_in_peft_and_peft_adapters_load_here(variant, tmp_path):
     import json
 
@@ -224,6 +229,46 @@ def test_our_settings_survive_their_file():
     assert PeftConfig.from_dict(cfg.to_dict()) == cfg
 
 
+def test_layers_with_ranks_and_scales_of_their_own():
+    model = make_model()
+    cfg = PeftConfig(
+        target_modules="*_proj",
+        dim=4,
+        alpha=8,
+        use_rslora=True,
+        rank_pattern={"*.layers.1.mlp.*": 9, "down_proj": 2},
+        alpha_pattern={"k_proj": 5},
+    )
+    apply_lora(model, cfg)
+    found = {name.removeprefix("model.layers."): layer for name, layer in lora_layers(model).items()}
+    assert {name: layer.lora_A.out_features for name, layer in found.items() if layer.lora_A.out_features != 4} == {
+        "0.mlp.down_proj": 2,
+        "1.mlp.gate_proj": 9,
+        "1.mlp.up_proj": 9,
+        "1.mlp.down_proj": 9,
+    }
+    assert found["1.mlp.down_proj"].lora_B.weight.shape[1] == 9
+    assert found["1.mlp.down_proj"].scaling == pytest.approx(8 / 3)
+    assert found["0.self_attn.k_proj"].scaling == pytest.approx(5 / 2)
+    config = adapter_config(model, cfg, "some/base")
+    assert config["rank_pattern"] == {
+        "model.layers.0.mlp.down_proj": 2,
+        "model.layers.1.mlp.down_proj": 9,
+        "model.layers.1.mlp.gate_proj": 9,
+        "model.layers.1.mlp.up_proj": 9,
+    }
+    assert config["alpha_pattern"] == {f"model.layers.{i}.self_attn.k_proj": 5 for i in (0, 1)}
+
+
+def test_a_rank_for_a_layer_without_an_adapter_is_refused():
+    with pytest.raises(UserError) as refused:
+        apply_lora(make_model(), PeftConfig(target_modules=["q_proj", "v_proj"], rank_pattern={"k_proj": 2}))
+    assert str(refused.value) == (
+        "`peft.rank_pattern` `k_proj` matches no layer with an adapter. Did you mean `v_proj`? Layers with one: "
+        "q_proj, v_proj."
+    )
+
+
 def test_an_adapter_of_another_model_is_refused():
     ours, _ = make_pair()
     other = make_model()
@@ -236,7 +281,7 @@ def test_an_adapter_of_another_model_is_refused():
         load_adapter_state_dict(wider, adapter_state_dict(ours))
 
 
-@pytest.mark.parametrize("key", ["rank_pattern", "modules_to_save"])
+@pytest.mark.parametrize("key", ["target_parameters", "modules_to_save"])
 def test_adapters_with_more_than_lora_are_refused(key):
     with pytest.raises(UserError, match=key):
         config_from_adapter({"peft_type": "LORA", "r": 4, "lora_alpha": 8, key: {"x": 1}}, {}, {})
@@ -248,6 +293,8 @@ def test_adapters_with_more_than_lora_are_refused(key):
         ({"dim": 0}, "`peft.dim` is 0"),
         ({"dim": 1.5}, "`peft.dim` is 1.5"),
         ({"alpha": -1}, "`peft.alpha` is -1"),
+        ({"rank_pattern": {"q_proj": 0}}, "`peft.rank_pattern.q_proj` is 0"),
+        ({"alpha_pattern": {"*.mlp.*": "x"}}, "`peft.alpha_pattern.*.mlp.*` is 'x'"),
         ({"dropout": 1.0}, "`peft.dropout` is 1.0"),
         ({"dropout_position": "middle"}, "Use pre or post"),
         ({"target_modules": [3]}, "`peft.target_modules` holds 3"),

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -67,15 +68,19 @@ def load_adapter_state_dict(model: PreTrainedModel, tensors: dict[str, torch.Ten
 
 def adapter_config(model: PreTrainedModel, cfg: PeftConfig, base_name: str) -> dict[str, Any]:
     """Return the contents of ``adapter_config.json``: what PEFT needs to build the same layers on ``base_name``."""
+    names = sorted(lora_layers(model))
     return {
         "task_type": task_type(model.config),
         "peft_type": "LORA",
         "r": cfg.dim,
         "lora_alpha": cfg.alpha,
+        # whole names: patterns mean other things to PEFT
+        "rank_pattern": {name: cfg.rank_of(name) for name in names if cfg.rank_of(name) != cfg.dim},
+        "alpha_pattern": {name: cfg.alpha_of(name) for name in names if cfg.alpha_of(name) != cfg.alpha},
         "lora_dropout": cfg.dropout,
         "use_dora": cfg.use_dora,
         "use_rslora": cfg.use_rslora,
-        "target_modules": sorted(lora_layers(model)),
+        "target_modules": names,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -106,7 +111,7 @@ def config_from_adapter(
     Raises:
         UserError: the adapter uses something that these layers do not have.
     """
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "trainable_token_indices"):
+    for key in ("modules_to_save", "target_parameters", "trainable_token_indices"):
         if adapter_config.get(key):
             raise UserError(
                 f"The adapter sets `{key}` in adapter_config.json, which this version cannot read. "
@@ -129,7 +134,20 @@ def config_from_adapter(
         target_modules=names,
         dim=adapter_config["r"],
         alpha=adapter_config["lora_alpha"],
+        rank_pattern=_own_values(adapter_config.get("rank_pattern"), names),
+        alpha_pattern=_own_values(adapter_config.get("alpha_pattern"), names),
         use_dora=adapter_config.get("use_dora", False),
         use_rslora=adapter_config.get("use_rslora", False),
         lora_dtype=automodel_config.get("lora_dtype"),
     )
+
+
+def _own_values(pattern: dict[str, Any] | None, names: list[str]) -> dict[str, Any]:
+    """Return the values of layers that have their own, by whole name; PEFT's patterns are ends of names."""
+    found: dict[str, Any] = {}
+    for name in names:
+        for key, value in (pattern or {}).items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                found[name] = value
+                break
+    return found

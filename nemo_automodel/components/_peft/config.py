@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -43,6 +44,10 @@ class PeftConfig:
     """Divide the rank of expert adapters by the number of active experts."""
     use_rslora: bool = False
     """Scale by ``alpha / sqrt(dim)`` instead, which keeps high ranks learning (Kalajdzievski 2023, eq. 6)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Names or patterns, as in ``target_modules``, of layers with another rank than ``dim``; the first match counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """The same for ``alpha``."""
 
     def __post_init__(self) -> None:
         self.target_modules = _normalise_patterns(self.target_modules, "target_modules")
@@ -50,19 +55,30 @@ class PeftConfig:
         _check_selection(self.target_modules, self.exclude_modules, self.match_all_linear)
         if self.lora_dtype is not None:
             self.lora_dtype = str(self.lora_dtype).removeprefix("torch.")
-        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 1:
-            raise ConfigError(f"`peft.dim` is {self.dim!r}, but a rank is a whole number of at least 1. Use 8 or 16.")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or self.alpha <= 0:
-            raise ConfigError(f"`peft.alpha` is {self.alpha!r}, but the scale must be positive. Use twice `dim`.")
+        self.rank_pattern, self.alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
+        for key, rank in {"dim": self.dim, **_under("rank_pattern", self.rank_pattern)}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"`peft.{key}` is {rank!r}, but a rank is a whole number of at least 1. Use 8 or 16.")
+        for key, alpha in {"alpha": self.alpha, **_under("alpha_pattern", self.alpha_pattern)}.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0:
+                raise ConfigError(f"`peft.{key}` is {alpha!r}, but the scale must be positive. Use twice `dim`.")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ConfigError(f"`peft.dropout` is {self.dropout!r}, but it is a probability below 1. Use 0 or 0.1.")
         if self.dropout_position not in ("pre", "post"):
             raise ConfigError(f"`peft.dropout_position: {self.dropout_position}` is not known. Use pre or post.")
 
-    @property
-    def scaling(self) -> float:
-        """The factor in front of the update."""
-        return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
+    def rank_of(self, name: str) -> int:
+        """Return the rank of the adapter on the layer with this dotted name."""
+        return next((rank for pattern, rank in self.rank_pattern.items() if matches(name, pattern)), self.dim)
+
+    def alpha_of(self, name: str) -> float:
+        """Return ``alpha`` of the adapter on the layer with this dotted name."""
+        return next((alpha for pattern, alpha in self.alpha_pattern.items() if matches(name, pattern)), self.alpha)
+
+    def scaling_of(self, name: str) -> float:
+        """Return the factor in front of the update of that layer."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
@@ -82,6 +98,15 @@ class PeftConfig:
                     f"`peft.{key}` is not known.{did_you_mean(key, known)} Known keys: {', '.join(known)}."
                 )
         return cls(**values)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Tell whether ``pattern`` means the module with this dotted name."""
+    return name.rpartition(".")[2] == pattern or re.fullmatch(pattern.replace("*", ".*"), name) is not None
+
+
+def _under(key: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{key}.{pattern}": value for pattern, value in values.items()}
 
 
 def _normalise_patterns(value: str | list[str] | tuple[str, ...] | None, key: str) -> list[str]:

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nemo_automodel.components._peft.config import DEFAULT_TARGET, PeftConfig
-from nemo_automodel.components._peft.module_matcher import select_modules
+from nemo_automodel.components._peft.module_matcher import check_exceptions, select_modules
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import ConfigError, UserError
 
@@ -46,9 +46,10 @@ class LinearLoRA(nn.Linear):
     _drops_input: bool
 
     @staticmethod
-    def attach(layer: nn.Linear, cfg: PeftConfig) -> LinearLoRA:
+    def attach(layer: nn.Linear, cfg: PeftConfig, name: str = "") -> LinearLoRA:
         """Turn ``layer`` itself into a layer with an adapter and return it. Its own parameters are frozen.
 
+        ``name`` is its dotted name in the model, by which ``cfg`` may give it a rank and a scale of its own.
         Random numbers come from the CPU generator, so that a seed means the same adapter on every device.
 
         Raises:
@@ -67,21 +68,27 @@ class LinearLoRA(nn.Linear):
             parameter.requires_grad_(False)
         layer.__class__ = _adapted_class(type(layer))
         assert isinstance(layer, LinearLoRA)
-        lora_A = nn.Linear(layer.in_features, cfg.dim, bias=False)
+        rank = cfg.rank_of(name)
+        lora_A = nn.Linear(layer.in_features, rank, bias=False)
         if cfg.lora_A_init == "xavier":
             nn.init.xavier_normal_(lora_A.weight)
         else:
             nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))
         layer.lora_A = lora_A.to(device, dtype)
-        layer.lora_B = nn.Linear(cfg.dim, layer.out_features, bias=False).to(device, dtype)
+        layer.lora_B = nn.Linear(rank, layer.out_features, bias=False).to(device, dtype)
         nn.init.zeros_(layer.lora_B.weight)
         layer.peft_config = cfg
-        layer._scaling = cfg.scaling
+        layer._scaling = cfg.scaling_of(name)
         layer._dropout = cfg.dropout
         layer._drops_input = cfg.dropout_position == "pre"
         magnitude = nn.Parameter(torch.linalg.norm(layer.weight.detach().to(dtype), dim=1)) if cfg.use_dora else None
         layer.register_parameter("lora_magnitude_vector", magnitude)
         return layer
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of the update."""
+        return self._scaling
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``[..., in]`` to ``[..., out]``; the result has the dtype of the layer without an adapter."""
@@ -154,10 +161,12 @@ def apply_lora(model: PreTrainedModel, cfg: PeftConfig) -> int:
         cfg.match_all_linear,
         model.get_output_embeddings(),  # type: ignore[no-untyped-call]
     )
+    check_exceptions("rank_pattern", list(cfg.rank_pattern), list(chosen))
+    check_exceptions("alpha_pattern", list(cfg.alpha_pattern), list(chosen))
     model.requires_grad_(False)
-    for layer in chosen.values():
+    for name, layer in chosen.items():
         assert isinstance(layer, nn.Linear)
-        LinearLoRA.attach(layer, cfg)
+        LinearLoRA.attach(layer, cfg, name)
     _report_inert_keys(model, cfg)
     return len(chosen)
 

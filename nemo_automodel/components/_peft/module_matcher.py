@@ -12,7 +12,7 @@ import re
 
 from torch import nn
 
-from nemo_automodel.components._peft.config import DEFAULT_TARGET
+from nemo_automodel.components._peft.config import DEFAULT_TARGET, matches
 from nemo_automodel.shared.errors import ConfigError, UserError, did_you_mean
 
 _SHOWN_NAMES = 8
@@ -27,11 +27,6 @@ def is_adaptable(module: nn.Module) -> bool:
     never run; torch marks that projection with a class of its own.
     """
     return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Tell whether ``pattern`` means the module with this dotted name."""
-    return name.rpartition(".")[2] == pattern or re.fullmatch(pattern.replace("*", ".*"), name) is not None
 
 
 def select_modules(
@@ -61,6 +56,24 @@ def select_modules(
     if not chosen:
         raise UserError(_nothing_matches(exclusions, linears, excluded=True))
     return chosen
+
+
+def check_exceptions(key: str, patterns: list[str], names: list[str]) -> None:
+    """Refuse patterns of ``peft.<key>`` that mean none of the adapted layers, by dotted name.
+
+    Raises:
+        ConfigError: a pattern is not a regular expression once ``*`` is expanded.
+        UserError: a pattern matches nothing.
+    """
+    _check_patterns(patterns)
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            children = sorted({name.rpartition(".")[2] for name in names})
+            shown = ", ".join(children[:_SHOWN_NAMES]) + (", …" if len(children) > _SHOWN_NAMES else "")
+            raise UserError(
+                f"`peft.{key}` `{pattern}` matches no layer with an adapter.{did_you_mean(pattern, children)} "
+                f"Layers with one: {shown}."
+            )
 
 
 def _check_patterns(patterns: list[str]) -> None:

@@ -20,6 +20,7 @@ G = 2F, W = (H + 2K)·E; M a buffer wider than its contents.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo_automodel.components.fast.choices import DEFAULT, Choices
-from nemo_automodel.components.fast.names import Adapter, Slot, slots_of
+from nemo_automodel.components.fast.dropout import AdapterDropout
+from nemo_automodel.components.fast.names import GROUPS, Adapter, Slot, slots_of
 from nemo_automodel.components.fast.spec import DecoderSpec, read_spec
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.kernels.norm import rms_norm, rms_norm_backward
@@ -144,9 +146,10 @@ class DecoderCore:
         recompute: str = "none",
         store: MakeStore = DenseStore,
         choices: Choices = DEFAULT,
+        dropout: AdapterDropout | None = None,
     ) -> None:
         self.spec: DecoderSpec = read_spec(layer)
-        self.recompute, self.choices = recompute, choices
+        self.recompute, self.choices, self.dropout = recompute, choices, dropout
         slots = slots_of(layer, adapters)
         self.qkv, self.o = store(slots["qkv"]), store(slots["o"])
         self.gate_up, self.down = store(slots["gate_up"]), store(slots["down"])
@@ -159,6 +162,15 @@ class DecoderCore:
     def parameters(self) -> list[torch.Tensor]:
         """Return the adapters' weights, in the order of the gradients."""
         return [parameter for store in self.stores for parameter in store.parameters()]
+
+    def with_masks(self, device: torch.device) -> DecoderCore:
+        """Return this computation under masks of its own, for one forward and backward pass."""
+        if self.dropout is None or not any(store.has_adapters for store in self.stores):
+            return self
+        seed, masked = self.dropout.draw_seed(device), copy.copy(self)
+        for number, (group, store) in enumerate(zip(GROUPS, self.stores, strict=True)):
+            setattr(masked, group, self.dropout.over(store, seed, number))
+        return masked
 
     def _layout(self) -> QKVLayout:
         spec = self.spec
@@ -199,7 +211,12 @@ class DecoderCore:
         h_TM, update = self.down.input_buffer(num_tokens), self.gate_up.pending(low_gate_up)
         a_RF = self.down.a_RK if self.choices.swiglu_products else None
         low_down = swiglu_lora(
-            gate_up_TM[:, : self.gate_up.num_out], h_TM[:, : self.down.num_in], update, a_RF, self.down.rank
+            gate_up_TM[:, : self.gate_up.num_out],
+            h_TM[:, : self.down.num_in],
+            update,
+            a_RF,
+            self.down.rank,
+            self.down.input_mask,
         )
         low_down = self.down.low(h_TM) if low_down is None else low_down
         # when a layer is recomputed nobody asks for its output: a fifth of the products is left out
@@ -405,7 +422,7 @@ class FastDecoderLayer(nn.Module):
         num_rows, seq_len, _ = hidden_states.shape
         call = _Call(num_rows, seq_len, *position_embeddings, attention)
         x_TD = hidden_states.reshape(num_rows * seq_len, -1)
-        core = self.fast_core
+        core = self.fast_core.with_masks(x_TD.device) if self.training else self.fast_core
         weights = core.parameters()
         if torch.is_grad_enabled() and (x_TD.requires_grad or weights):
             y_TD = _DecoderLayerFunction.apply(x_TD, core, call, *weights)  # type: ignore[no-untyped-call]
@@ -424,16 +441,18 @@ def speed_up(
     store: MakeStore = DenseStore,
     choices: Choices = DEFAULT,
     choose_attention: ChooseAttention = attention_by_mask,
+    dropout: AdapterDropout | None = None,
 ) -> None:
     """Exchange the class of a Hugging Face decoder layer for its fast form, in place.
 
     ``adapters`` maps linear layers, of this layer or others, to what is on them. ``store`` keeps the base weights,
-    ``choices`` are between ways that differ in speed only. ``choose_attention`` is asked in every call.
+    ``choices`` are between ways that differ in speed only. ``choose_attention`` is asked in every call. ``dropout`` is
+    on the adapters, while the layer is in training mode.
 
     Raises:
         UnfitError: the layer computes something that the fast form does not; it is as it was.
     """
-    layer.fast_core = DecoderCore(layer, adapters, recompute, store, choices)  # type: ignore[assignment]
+    layer.fast_core = DecoderCore(layer, adapters, recompute, store, choices, dropout)  # type: ignore[assignment]
     layer.choose_attention = choose_attention  # type: ignore[assignment]
     base = type(layer)
     if base not in _FAST_CLASSES:

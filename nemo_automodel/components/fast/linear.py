@@ -15,16 +15,18 @@ Shapes: T tokens, K inputs, N outputs, R ranks rounded up.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from nemo_automodel.components.fast.dropout import AdapterDropout, Dropped
 from nemo_automodel.components.fast.names import Adapter, Slot
 from nemo_automodel.components.fast.weight_store import WeightStore
 from nemo_automodel.kernels.fp8 import Rounded
-from nemo_automodel.kernels.lora import Update
+from nemo_automodel.kernels.lora import Update, add_update_
 
 _FUSED_CLASSES: dict[type[nn.Module], type[FusedLinear]] = {}
 
@@ -86,17 +88,29 @@ class LinearCore:
     (selective recomputation of Transformers' layers), so what the base weights give must not be overwritten.
     """
 
-    def __init__(self, store: WeightStore, keeps_products: bool = False) -> None:
+    def __init__(self, store: WeightStore, keeps_products: bool = False, dropout: AdapterDropout | None = None) -> None:
         self.store = store
         self.keeps_products = keeps_products
+        self.dropout = dropout
+        self._masked: WeightStore | Dropped = store
+
+    def with_masks(self, device: torch.device) -> LinearCore:
+        """Return this computation under masks of its own, for one forward and backward pass."""
+        if self.dropout is None:
+            return self
+        masked = copy.copy(self)
+        masked._masked = self.dropout.over(self.store, self.dropout.draw_seed(device))
+        return masked
 
     def forward(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the outputs ``[T, N]`` and x·Aᵀ."""
-        store = self.store
+        store = self._masked
         low_TR = store.low(x_TK)
         y_TN = store.base_outputs(x_TK, low_TR)
         update = store.pending(low_TR)
         if update is not None:
+            if update.dropouts:
+                return add_update_(y_TN.clone() if self.keeps_products else y_TN, update), low_TR
             out_TN = torch.empty_like(y_TN) if self.keeps_products else y_TN
             y_TN = torch.addmm(y_TN, update.low_TR, update.factor_RN, out=out_TN)
         return y_TN, low_TR
@@ -105,7 +119,7 @@ class LinearCore:
         self, dy_TN: torch.Tensor, x_TK: torch.Tensor, low_TR: torch.Tensor | None, wants_dx: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Return the gradient of the inputs, None unless wanted, and those of A and B."""
-        store = self.store
+        store = self._masked
         if dy_TN.stride(1) != 1:  # three products read it
             dy_TN = dy_TN.contiguous()
         dlow_TR = store.low_grad(dy_TN)
@@ -148,10 +162,12 @@ class FusedLinear(nn.Module):
             return plain
         if torch.is_grad_enabled():
             store.prepare()
+            core = core.with_masks(x.device) if self.training else core
             y: torch.Tensor = _LinearFunction.apply(x, core, *store.parameters())  # type: ignore[no-untyped-call]
             return y
         store.forget_adapters()  # evaluation must not show adapters that are gone, and has the time
         store.prepare()
+        core = core.with_masks(x.device) if self.training else core
         y_TN, _ = core.forward(x.reshape(-1, x.shape[-1]))
         return y_TN.view(*x.shape[:-1], y_TN.shape[1])
 
@@ -161,10 +177,11 @@ def fuse_linear(
     adapter: Adapter,
     store: type[WeightStore] = InPlaceStore,
     keeps_products: bool = False,
+    dropout: AdapterDropout | None = None,
 ) -> None:
     """Exchange the class of a frozen linear layer with an adapter for its fused form, in place."""
     assert not isinstance(linear, FusedLinear), "a layer is fused once"
-    linear.fused_core = LinearCore(store([Slot("", linear, adapter)]), keeps_products)  # type: ignore[assignment]
+    linear.fused_core = LinearCore(store([Slot("", linear, adapter)]), keeps_products, dropout)  # type: ignore[assignment]
     base: type[nn.Module] = type(linear)
     if base not in _FUSED_CLASSES:
         _FUSED_CLASSES[base] = type(f"Fused{base.__name__}", (FusedLinear, base), {})

@@ -33,6 +33,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nemo_automodel.components.fast.names import Adapter, Slot
 from nemo_automodel.kernels.copy_many import Copy, copy_many_reference
+from nemo_automodel.kernels.dropout import Dropout
 from nemo_automodel.kernels.fp8 import Rounded
 from nemo_automodel.kernels.lora import Update, low_rank_grads
 
@@ -212,7 +213,11 @@ class WeightStore:
                 if slot.adapter is not None:
                     grads += [da_RK[ranks], db_NR[rows, ranks]]
             return grads
-        da_RK, db_NR = low_rank_grads(x_TK, dy_TN, low_TR, dlow_TR)
+        return self.split_grads(*low_rank_grads(x_TK, dy_TN, low_TR, dlow_TR))
+
+    def split_grads(self, da_RK: torch.Tensor, db_NR: torch.Tensor) -> list[torch.Tensor]:
+        """Return the gradients of `parameters`, in their dtypes, from stacked ones; ``db_NR`` lacks the scales."""
+        grads = []
         for slot, rows, ranks in self._places:
             if slot.adapter is not None:
                 grads.append(da_RK[ranks].to(slot.adapter.lora_A.weight.dtype))
@@ -220,6 +225,11 @@ class WeightStore:
         return grads
 
     # What is left to the next kernel.
+
+    @property
+    def input_mask(self) -> Dropout | None:
+        """What drops the adapter's inputs: nothing, unless `dropout.Dropped` is around the store."""
+        return None
 
     @property
     def rank_parts(self) -> tuple[tuple[int, int], ...]:
@@ -268,7 +278,10 @@ class WeightStore:
         return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
 
     def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None) -> torch.Tensor:
-        """Return the outputs without bias, as the first N columns of ``[T, M]``; ``low_TR`` is `low` of the inputs."""
+        """Return the outputs without bias, as the first N columns of ``[T, M]``; ``low_TR`` is `low` of the inputs.
+
+        Without it, here and below, the adapters' share is left out.
+        """
         raise NotImplementedError
 
     def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
@@ -320,7 +333,7 @@ class DenseStore(WeightStore):
         y_TM = self.output_buffer(x_TM.shape[0])
         y_TN = _first(y_TM, self.num_out)
         if low_TR is None or x_TM.shape[1] == self.num_in:  # dense inputs have no margin for the update
-            torch.mm(x_TM, self._weight_KN, out=y_TN)
+            torch.mm(_first(x_TM, self.num_in), self._weight_KN, out=y_TN)
             if low_TR is not None:
                 y_TN.addmm_(low_TR, self._b_RN)
         else:
@@ -353,14 +366,15 @@ class DenseStore(WeightStore):
 
     def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
         """Return residual + outputs, the sum made in the accumulator."""
-        if low_TR is not None:
-            x_TM[:, self.num_in :] = low_TR
+        if low_TR is None:
+            return torch.addmm(residual_TN, _first(x_TM, self.num_in), self._weight_KN)
+        x_TM[:, self.num_in :] = low_TR
         return torch.addmm(residual_TN, x_TM, self._forward_MN)
 
     def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
         """Return the gradient of the inputs; see `WeightStore.dgrad`. The gradient's margin is overwritten."""
         if dlow_TR is None:
-            return torch.mm(dy_TM, self._backward_MK)
+            return torch.mm(_first(dy_TM, self.num_out), self._weight_NK)
         if dy_TM.shape[1] == self.num_out:
             return torch.mm(dy_TM, self._weight_NK).addmm_(dlow_TR, self._a_RK)
         margin_TR = dy_TM[:, self.num_out :]

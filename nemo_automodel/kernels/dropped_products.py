@@ -1,0 +1,232 @@
+"""Products of a matrix under dropout with the narrow matrices of adapters: the mask is made on the tile that is read.
+
+`dropped_low` multiplies from the right, ``(x ∘ D) @ factor``, and `dropped_grad` from the left, ``(x ∘ D)ᵀ @ low``; D
+is zero where an element is dropped and 1/(1 − p) elsewhere. Several adapters may read one matrix, each under its own
+mask: a tile is read once and multiplied once for each of them, into columns that are theirs alone. Without this, every
+mask costs a copy of the matrix.
+
+A program of `dropped_low` owns some rows and a piece of the columns, one of `dropped_grad` some columns and a chunk of
+the rows; they leave partial sums in fp32, added up in a fixed order: results do not depend on timing.
+
+Shapes: T rows, N columns, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nemo_automodel.kernels.dropout import Dropout, Share, keeps_tile, shares_of
+from nemo_automodel.kernels.jit import jit, runs_triton, tl
+from nemo_automodel.kernels.lora import MAX_BLOCK_R, block_r
+
+BLOCK_T, BLOCK_N = 64, 64
+_NUM_PROGRAMS = 1024
+"""About eight a multiprocessor of an H100; as many partial sums as that takes."""
+
+Parts = Sequence[tuple[int, int]]
+
+
+def dropped_low(x_TN: torch.Tensor, factor_NR: torch.Tensor, parts: Parts, dropouts: Sequence[Dropout]) -> torch.Tensor:
+    """Return ``(x ∘ D) @ factor``, ``[T, R]``, in the dtype of x; zero at ranks of no part.
+
+    ``parts`` are the ranks of each adapter, ``dropouts`` its mask, or one mask for all. Rows may lie in wider buffers.
+    """
+    shares = shares_of(parts, dropouts)
+    run = dropped_low_triton if runs_triton(x_TN) else dropped_low_reference
+    return run(x_TN, factor_NR, shares)
+
+
+def dropped_grad(x_TN: torch.Tensor, low_TR: torch.Tensor, parts: Parts, dropouts: Sequence[Dropout]) -> torch.Tensor:
+    """Return ``(x ∘ D)ᵀ @ low``, ``[N, R]``, in the dtype of x; see `dropped_low`."""
+    shares = shares_of(parts, dropouts)
+    run = dropped_grad_triton if runs_triton(x_TN) else dropped_grad_reference
+    return run(x_TN, low_TR, shares)
+
+
+# --- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def dropped_low_reference(x_TN: torch.Tensor, factor_NR: torch.Tensor, shares: list[Share]) -> torch.Tensor:
+    """Do what `dropped_low` says in plain operations."""
+    out_TR = x_TN.new_zeros((x_TN.shape[0], factor_NR.shape[1]))
+    for first, to, dropout in shares:
+        out_TR[:, first:to] = dropout.apply(x_TN) @ factor_NR[:, first:to]
+    return out_TR
+
+
+def dropped_grad_reference(x_TN: torch.Tensor, low_TR: torch.Tensor, shares: list[Share]) -> torch.Tensor:
+    """Do what `dropped_grad` says in plain operations."""
+    out_NR = x_TN.new_zeros((x_TN.shape[1], low_TR.shape[1]))
+    for first, to, dropout in shares:
+        out_NR[:, first:to] = dropout.apply(x_TN).t() @ low_TR[:, first:to]
+    return out_NR
+
+
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _dropped_low_kernel(
+    x_ptr,
+    factor_ptr,
+    partial_ptr,
+    seed_ptr,
+    num_rows,
+    num_cols,
+    piece_cols,
+    x_row,
+    factor_row,
+    factor_col,
+    rank_from,
+    num_ranks,
+    SHARES: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    piece = tl.program_id(1).to(tl.int64)
+    ranks = tl.arange(0, BLOCK_R)
+    total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+    for start in range(0, piece_cols, BLOCK_N):
+        cols = piece * piece_cols + start + tl.arange(0, BLOCK_N)
+        mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_row + cols[None, :], mask=mask, other=0.0)
+        factor_at = factor_ptr + cols[:, None] * factor_row + (rank_from + ranks)[None, :] * factor_col
+        for i in tl.static_range(len(SHARES)):
+            here = (ranks >= SHARES[i][0]) & (ranks < SHARES[i][1])
+            factor = tl.load(factor_at, mask=(cols < num_cols)[:, None] & here[None, :], other=0.0)
+            keeps = keeps_tile(seed_ptr, rows, cols, num_cols, SHARES[i][2], THRESHOLD)
+            total = tl.dot(tl.where(keeps, x, 0.0).to(x.dtype), factor, total, input_precision="ieee")
+    to = partial_ptr + (piece * num_rows + rows)[:, None] * num_ranks + ranks[None, :]
+    tl.store(to, total * SCALE, mask=(rows < num_rows)[:, None] & (ranks < num_ranks)[None, :])
+
+
+@jit
+def _dropped_grad_kernel(
+    x_ptr,
+    low_ptr,
+    partial_ptr,
+    seed_ptr,
+    num_rows,
+    num_cols,
+    chunk_rows,
+    x_row,
+    low_row,
+    low_col,
+    rank_from,
+    num_ranks,
+    SHARES: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    chunk = tl.program_id(1).to(tl.int64)
+    ranks = tl.arange(0, BLOCK_R)
+    total = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+    for start in range(0, chunk_rows, BLOCK_T):
+        rows = chunk * chunk_rows + start + tl.arange(0, BLOCK_T)
+        mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_row + cols[None, :], mask=mask, other=0.0)
+        low_at = low_ptr + rows[:, None] * low_row + (rank_from + ranks)[None, :] * low_col
+        for i in tl.static_range(len(SHARES)):
+            here = (ranks >= SHARES[i][0]) & (ranks < SHARES[i][1])
+            low = tl.load(low_at, mask=(rows < num_rows)[:, None] & here[None, :], other=0.0)
+            keeps = keeps_tile(seed_ptr, rows, cols, num_cols, SHARES[i][2], THRESHOLD)
+            dropped = tl.where(keeps, x, 0.0).to(x.dtype)
+            total = tl.dot(tl.trans(dropped), low, total, input_precision="ieee")
+    to = partial_ptr + (chunk * num_cols + cols)[:, None] * num_ranks + ranks[None, :]
+    tl.store(to, total * SCALE, mask=(cols < num_cols)[:, None] & (ranks < num_ranks)[None, :])
+
+
+def _launches(shares: list[Share]) -> list[list[Share]]:
+    """Divide the ranks so that each launch has at most a tile of them."""
+    if shares[-1][1] - shares[0][0] <= MAX_BLOCK_R:
+        return [shares]
+    return [
+        [(start, min(start + MAX_BLOCK_R, to), dropout)]
+        for first, to, dropout in shares
+        for start in range(first, to, MAX_BLOCK_R)
+    ]
+
+
+def _pieces(length: int, block: int, num_others: int) -> tuple[int, int]:
+    """Divide ``length`` so that there are programs enough; return how many pieces and how long, a multiple of block."""
+    tiles = -(-length // block)
+    wanted = max(1, min(tiles, _NUM_PROGRAMS // num_others))
+    piece_tiles = -(-tiles // wanted)
+    return -(-tiles // piece_tiles), piece_tiles * block
+
+
+def _constants(shares: list[Share]) -> dict[str, object]:
+    rank_from, dropout = shares[0][0], shares[0][2]
+    return {
+        "SHARES": tuple((first - rank_from, to - rank_from, mask.salt) for first, to, mask in shares),
+        "THRESHOLD": dropout.threshold,
+        "SCALE": dropout.scale,
+        "BLOCK_T": BLOCK_T,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_R": block_r(shares[-1][1] - rank_from),
+        "num_warps": 4 if len(shares) == 1 else 8,  # several masks of a tile take registers
+    }
+
+
+def dropped_low_triton(x_TN: torch.Tensor, factor_NR: torch.Tensor, shares: list[Share]) -> torch.Tensor:
+    """Do what `dropped_low` says."""
+    num_rows, num_cols = x_TN.shape
+    out_TR = x_TN.new_zeros((num_rows, factor_NR.shape[1]))
+    blocks = -(-num_rows // BLOCK_T)
+    num_pieces, piece_cols = _pieces(num_cols, BLOCK_N, blocks)
+    for launch in _launches(shares):
+        first, to = launch[0][0], launch[-1][1]
+        partial_PTR = x_TN.new_empty((num_pieces, num_rows, to - first), dtype=torch.float32)
+        _dropped_low_kernel[(blocks, num_pieces)](
+            x_TN,
+            factor_NR,
+            partial_PTR,
+            launch[0][2].seed,
+            num_rows,
+            num_cols,
+            piece_cols,
+            x_TN.stride(0),
+            *factor_NR.stride(),
+            first,
+            to - first,
+            **_constants(launch),
+        )
+        out_TR[:, first:to] = partial_PTR.sum(dim=0)
+    return out_TR
+
+
+def dropped_grad_triton(x_TN: torch.Tensor, low_TR: torch.Tensor, shares: list[Share]) -> torch.Tensor:
+    """Do what `dropped_grad` says."""
+    num_rows, num_cols = x_TN.shape
+    out_NR = x_TN.new_zeros((num_cols, low_TR.shape[1]))
+    blocks = -(-num_cols // BLOCK_N)
+    num_chunks, chunk_rows = _pieces(num_rows, BLOCK_T, blocks)
+    for launch in _launches(shares):
+        first, to = launch[0][0], launch[-1][1]
+        partial_CNR = x_TN.new_empty((num_chunks, num_cols, to - first), dtype=torch.float32)
+        _dropped_grad_kernel[(blocks, num_chunks)](
+            x_TN,
+            low_TR,
+            partial_CNR,
+            launch[0][2].seed,
+            num_rows,
+            num_cols,
+            chunk_rows,
+            x_TN.stride(0),
+            *low_TR.stride(),
+            first,
+            to - first,
+            **_constants(launch),
+        )
+        out_NR[:, first:to] = partial_CNR.sum(dim=0)
+    return out_NR
