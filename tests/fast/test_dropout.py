@@ -11,9 +11,10 @@ from nemo_automodel._transformers.assemble import recompute_activations
 from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel.components._peft.lora import lora_layers
 from nemo_automodel.components.fast import dropout as fast_dropout
+from nemo_automodel.components.fast.fp8_store import Fp8Store
 from nemo_automodel.components.fast.linear import InPlaceStore
 from nemo_automodel.components.fast.names import GROUPS, Adapter, Slot
-from nemo_automodel.components.fast.weight_store import DenseStore, Fp8Store
+from nemo_automodel.components.fast.weight_store import DenseStore
 from nemo_automodel.components.training.rng import StatefulRNG
 from nemo_automodel.kernels.dropout import Dropout
 
