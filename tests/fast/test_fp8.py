@@ -16,9 +16,10 @@ from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers import fp8_base
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
 from nemo_automodel._transformers.fp8_base import Fp8Plan
+from nemo_automodel._transformers.kernel_choice import KernelRequest, measured_table
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
 from nemo_automodel.components.fast.fp8_linear import Fp8Linear
-from nemo_automodel.components.fast.fp8_store import Fp8Scheme
+from nemo_automodel.components.fast.fp8_store import Fp8Scheme, Fp8Store
 from nemo_automodel.shared.errors import UserError
 
 PEFT = adapters_of(dtype="float32")
@@ -259,3 +260,15 @@ def test_a_machine_without_such_products_is_told_so():
         "`fp8.enabled: true` needs compute capability 8.9, but the model is on the cpu. Set `fp8.emulate: true` to "
         "round in the same places in PyTorch, which is slow."
     )
+
+
+def test_kernels_are_measured_on_a_layer_packed_alike(monkeypatch, tmp_path):
+    monkeypatch.setenv("NEMO_AUTOMODEL_CACHE", str(tmp_path))
+    model = plain_model("llama", PEFT, torch.float32)
+    store = Fp8Store.under(Fp8Scheme(emulate=True))
+    table = measured_table(model, model.model.layers[0], KernelRequest(row_shape=(1, 32)), store)
+    (entry,) = [entry for entry in table.entries if entry.operation == "swiglu_products"]
+    assert "Fp8Store2RowsEmulated" in entry.subject
+    assert {name for name, trial in entry.trials.items() if trial.failure is None} == {"on", "off"}
+    assert all(0 < trial.error < 0.05 for trial in entry.trials.values())
+    assert not isinstance(model.model.layers[0].mlp.up_proj, Fp8Linear)
