@@ -42,6 +42,7 @@ from nemo_automodel.components.fast.decoder_layer import (
     speed_up,
 )
 from nemo_automodel.components.fast.dropout import AdapterDropout
+from nemo_automodel.components.fast.embedding import speed_up_embedding
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import GROUPS, Adapter
 from nemo_automodel.components.fast.nf4_store import Nf4Fp8Store, Nf4Store
@@ -130,6 +131,8 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
         packer.finish()
     Watch(model, [store for layer in layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
     speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
+    if request.peft is None:
+        speed_up_embedding(model.get_input_embeddings())
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     model.kernel_table = table.to_json()  # type: ignore[assignment]
     what = f"{total} of {total}, {name}{weights}; recomputed: {request.recompute}"

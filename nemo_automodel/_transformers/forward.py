@@ -60,6 +60,8 @@ class LabelledForward:
         self._rows: torch.Tensor | None = None
         self._hidden_ND: torch.Tensor | None = None
         self._bypasses_head = False
+        self._num_head_rows = 1
+        """Rows that go through the head when it is bypassed; none once the head and the loss are one step."""
         self._backends: dict[bool, str] = {}
         """The kernel of packed rows, without and with shared prefixes; chosen when the first such batch comes."""
         self._filled = BatchFiller()
@@ -169,7 +171,7 @@ class LabelledForward:
         hidden_ND = args[0].flatten(0, -2).index_select(0, self._rows)
         if self._bypasses_head:
             self._hidden_ND = hidden_ND
-            hidden_ND = hidden_ND[:1].detach()
+            hidden_ND = hidden_ND[: self._num_head_rows].detach()
         return (hidden_ND.unsqueeze(0),)
 
     def _plain_loss(self, loss_fn: LossFn) -> frozen_head.PlainLoss | None:
@@ -183,6 +185,7 @@ class LabelledForward:
                 reason = f"{type(self.model).__name__} changes its logits after the head"
             self._joins_head = reason is None
             logger.info("Loss: %s.", self._name_of_joined_head() if reason is None else f"on logits, {reason}")
+            self._num_head_rows = 0 if self._joins_head else 1
         return plain if self._joins_head else None
 
     def _name_of_joined_head(self) -> str:

@@ -10,6 +10,7 @@ from support.fast_models import assert_same_step, full_model, tokens, trained_mo
 from support.packed import make_documents, pack, pad
 
 from nemo_automodel._transformers.forward import LabelledForward
+from nemo_automodel.components.fast.embedding import sums_by_token
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -160,3 +161,24 @@ def test_other_memory_and_copies():
         model.load_state_dict(copy.deepcopy(state), assign=assign)
         model.requires_grad_(True)
         assert_same_step(plain, model, 2e-5, input_ids=tokens(2, 6))
+
+
+def test_rows_of_an_embedding_are_summed_by_token():
+    ids = torch.tensor([7, 3, 7, 0, 3, 3])
+    grad = torch.randn(6, 4, dtype=torch.float64)
+    tokens_found, sums = sums_by_token(ids, grad, 8)
+    assert tokens_found[:3].tolist() == [0, 3, 7]
+    assert not sums[3:].any()
+    wanted = torch.zeros(8, 4, dtype=torch.float64).index_add_(0, ids, grad)
+    torch.testing.assert_close(torch.zeros_like(wanted).index_add_(0, tokens_found, sums), wanted)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_padding_has_no_gradient_of_its_own(ties):
+    plain, fast = (make("llama", tie_word_embeddings=ties) for make in (full_model, trained_model))
+    assert fast.model.embed_tokens.padding_idx == 3
+    ids = torch.tensor([[5, 6, 5, 3, 3], [3, 3, 8, 5, 9]])
+    for _ in range(2):
+        for model in (plain, fast):
+            model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    assert_same_gradients(fast, gradients(plain))

@@ -154,15 +154,12 @@ def _loss_working(load: Workload) -> float:
 
 
 def _layer_peak(load: Workload) -> float:
-    """Return what a layer's backward pass needs beside what is kept; with all weights, the embedding's at least."""
-    tokens, shape = load.tokens, load.shape
+    """Return what a layer's backward pass needs beside what is kept."""
     if load.plain is not None:
-        layer: float = load.plain.working
-    else:
-        layer = tokens * _layer_working(load)
-        layer += tokens * _fast_kept(load, True) if load.recompute == "full" else 0
-    embedding = shape.num_embedding * load.trainable_bytes if load.is_full and load.grad_accum > 1 else 0
-    return max(layer + _scratch(load), embedding)
+        return load.plain.working + _scratch(load)
+    layer = load.tokens * _layer_working(load)
+    layer += load.tokens * _fast_kept(load, True) if load.recompute == "full" else 0
+    return layer + _scratch(load)
 
 
 def _layer_working(load: Workload) -> float:
