@@ -1,8 +1,9 @@
 """Which decoder layers a model computes with: the fast form of `components/fast`, or Transformers' own; and why.
 
 The choice is made once, for all layers of a model, and one line of the log names it with its reason. ``auto`` takes the
-fast form where it was made for: adapters over a frozen bf16 base on a GPU with Triton. ``on`` asks for it wherever it
-computes the same, the CPU and fp32 included, and what does not fit is an error instead of a quiet change of plan.
+fast form where it was made for: adapters over a frozen base, or all weights, in bf16 on a GPU with Triton. ``on`` asks
+for it wherever it computes the same, the CPU and fp32 included, and what does not fit is an error instead of a quiet
+change of plan.
 
 Adapters of a model whose decoder layers stay Transformers' own are fused with their linear layers (`fast_linears`): one
 more line of the log says on how many, or why not.
@@ -33,12 +34,20 @@ from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
 from nemo_automodel.components.fast.choices import Choices
-from nemo_automodel.components.fast.decoder_layer import Attention, causal_attention, causal_attention_by, speed_up
+from nemo_automodel.components.fast.decoder_layer import (
+    Attention,
+    DecoderCore,
+    causal_attention,
+    causal_attention_by,
+    speed_up,
+)
 from nemo_automodel.components.fast.dropout import AdapterDropout
+from nemo_automodel.components.fast.embedding import speed_up_embedding
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import GROUPS, Adapter
 from nemo_automodel.components.fast.nf4_store import Nf4Fp8Store, Nf4Store
 from nemo_automodel.components.fast.spec import UnfitError, check_family, read_spec
+from nemo_automodel.components.fast.trained_layer import TrainedCore, TrainedStore
 from nemo_automodel.components.fast.watch import Watch
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
@@ -93,7 +102,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
         if request.fp8 is not None:
             raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
         logger.info("Decoder layers: plain Transformers: %s.", reason)
-        obstacle = _obstacle_to_adapters(model, request)
+        obstacle = reason if request.peft is None else _obstacle_to_adapters(model, request)
         is_any_fused = obstacle is None and fuse_adapters(model, request.recompute, _dropout(request.peft)) > 0
         if obstacle not in (None, reason):
             logger.info("Adapters: plain: %s.", obstacle)
@@ -112,15 +121,18 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     table = choose_kernels(model, max(layers, key=lambda layer: len(lora_layers(layer))), request.kernels, store)
     choices = Choices.from_names(table.names())
     attention = partial(attention_for, causal=causal_attention_by(choices.attention))
+    core = TrainedCore if request.peft is None else DecoderCore
     packer = None if request.fp8 is None else Fp8Packer(model, layers, request.fp8)
     for layer in layers:
         with nullcontext() if packer is None else packer.packing(layer):
             make = store if packer is None else packer.store
-            speed_up(layer, adapters, request.recompute, make, choices, attention, dropout)
+            speed_up(layer, adapters, request.recompute, make, choices, attention, dropout, core)
     if packer is not None:
         packer.finish()
     Watch(model, [store for layer in layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
     speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
+    if request.peft is None:
+        speed_up_embedding(model.get_input_embeddings())
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     model.kernel_table = table.to_json()  # type: ignore[assignment]
     what = f"{total} of {total}, {name}{weights}; recomputed: {request.recompute}"
@@ -194,7 +206,7 @@ def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], 
         for layer in layers:
             check_family(model.config.model_type, layer)
             read_spec(layer)
-            _check_weights(layer)
+            _check_weights(layer, has_adapters=request.peft is not None)
             _check_packed(layer, request.computes_in_fp8)
     except UnfitError as error:
         return str(error)
@@ -223,7 +235,6 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
     reasons = {
         "`force_hf: true`": request.force_hf,
         "`fast_layers: off`": request.wish == "off",
-        "every weight is trained; the fast layers are for adapters over a frozen base": peft is None,
         "the layers are compiled instead": request.is_compiled,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
         "DoRA is not on the fast path yet": peft is not None and peft.use_dora,
@@ -250,6 +261,8 @@ def _choose_store(layer: nn.Module, request: FastRequest) -> tuple[type[WeightSt
     linear = layer.get_submodule(GROUPS["o"][0])
     if request.fp8 is not None:
         return request.fp8.store, "; weights: fp8"
+    if request.peft is None:
+        return TrainedStore, ""
     if not isinstance(linear, Linear4bit):
         return DenseStore, ""
     kind = f"; weights: {linear.packed.quant_type}"
@@ -285,15 +298,15 @@ def _check_packed(layer: nn.Module, computes_in_fp8: bool) -> None:
             )
 
 
-def _check_weights(layer: nn.Module) -> None:
-    """Refuse layers whose own weights learn, differ in dtype, or are stored in a way of their own.
+def _check_weights(layer: nn.Module, has_adapters: bool) -> None:
+    """Refuse layers whose own weights learn beside adapters, differ in dtype, or are stored in a way of their own.
 
     Raises:
         UnfitError: the first that does not fit.
     """
     adapters, codes = set(), set()
     for path, linear in _linears(layer).items():
-        if isinstance(linear, Linear4bit):
+        if isinstance(linear, Linear4bit) and has_adapters:
             codes.add(id(linear.weight))
         elif type(linear) not in (nn.Linear, LinearLoRA):
             raise UnfitError(f"`{path}` is a {type(linear).__name__}")
@@ -301,8 +314,8 @@ def _check_weights(layer: nn.Module) -> None:
             adapters |= {id(linear.lora_A.weight), id(linear.lora_B.weight)}
     own = {name: parameter for name, parameter in layer.named_parameters() if id(parameter) not in adapters}
     for name, parameter in own.items():
-        if parameter.requires_grad:
-            raise UnfitError(f"`{name}` is trained; the fast layers are for adapters over a frozen base")
+        if parameter.requires_grad and has_adapters:
+            raise UnfitError(f"`{name}` is trained beside adapters; the fast layers train one or the other")
     dtypes = sorted({str(parameter.dtype) for parameter in own.values() if id(parameter) not in codes})
     if len(dtypes) > 1:
         raise UnfitError(f"its weights are of several dtypes ({', '.join(dtypes)})")

@@ -43,7 +43,7 @@ class LabelledForward:
     """Computes losses with a model. Hand it CPU batches: then the labels are found without waiting for the device.
 
     ``packed_attention`` names the kernel of packed rows: ``varlen``, ``flex``, ``dense``, or ``auto`` for the first of
-    them that can run. ``joins_frozen_head`` computes a frozen head and the loss in one step where they allow it.
+    them that can run. ``joins_frozen_head`` computes the head, learning or not, and the loss in one step if possible.
     """
 
     def __init__(self, model: PreTrainedModel, packed_attention: str = "auto", joins_frozen_head: bool = True) -> None:
@@ -60,6 +60,8 @@ class LabelledForward:
         self._rows: torch.Tensor | None = None
         self._hidden_ND: torch.Tensor | None = None
         self._bypasses_head = False
+        self._num_head_rows = 1
+        """Rows that go through the head when it is bypassed; none once the head and the loss are one step."""
         self._backends: dict[bool, str] = {}
         """The kernel of packed rows, without and with shared prefixes; chosen when the first such batch comes."""
         self._filled = BatchFiller()
@@ -169,7 +171,7 @@ class LabelledForward:
         hidden_ND = args[0].flatten(0, -2).index_select(0, self._rows)
         if self._bypasses_head:
             self._hidden_ND = hidden_ND
-            hidden_ND = hidden_ND[:1].detach()
+            hidden_ND = hidden_ND[: self._num_head_rows].detach()
         return (hidden_ND.unsqueeze(0),)
 
     def _plain_loss(self, loss_fn: LossFn) -> frozen_head.PlainLoss | None:
@@ -182,10 +184,12 @@ class LabelledForward:
             if reason is None and not frozen_head.explains_two_tokens(self.model, self._head, self._last_row):
                 reason = f"{type(self.model).__name__} changes its logits after the head"
             self._joins_head = reason is None
-            logger.info(
-                "Loss: %s.", "in one step with the frozen output head" if reason is None else f"on logits, {reason}"
-            )
+            logger.info("Loss: %s.", self._name_of_joined_head() if reason is None else f"on logits, {reason}")
+            self._num_head_rows = 0 if self._joins_head else 1
         return plain if self._joins_head else None
+
+    def _name_of_joined_head(self) -> str:
+        return f"in one step with the {'trained' if self._head.weight.requires_grad else 'frozen'} output head"
 
     def _last_row(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return hidden states and logits of the last of one row of tokens, ``[1, D]`` and ``[1, V]``."""

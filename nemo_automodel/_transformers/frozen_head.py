@@ -1,9 +1,10 @@
-"""When the output head and the loss are computed together: a frozen head that is one matrix, under a plain loss.
+"""When the output head and the loss are computed together: a head that is one matrix, under a plain loss.
 
-With adapters the output head rarely learns. Then `kernels/linear_ce.py` makes logits, losses and the gradient of the
-hidden states chunk by chunk, and neither the logits nor their gradient exist as a whole. That is the same number as the
-losses of `components/loss` give, so the step replaces all four of them. Whatever a model does to its logits after the
-head would be lost, so the head is asked once, on two tokens, whether its weight explains the logits.
+`kernels/linear_ce.py` makes logits, losses and the gradients of the hidden states and of a head that learns in one go,
+and turns logits into their gradient in place: a frozen head needs a chunk of them at a time, a trained one the logits
+once and never in fp32. That is the same number as the losses of `components/loss` give, so the step replaces all four.
+Whatever a model does to its logits after the head would be lost, so the head is asked once, on two tokens, whether its
+weight explains the logits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.components.loss.te_parallel_ce import TEParallelCrossEntropy
 from nemo_automodel.components.loss.token_loss import at_least_one, default_chunk_rows
 from nemo_automodel.kernels.jit import HAS_TRITON, runs_triton
-from nemo_automodel.kernels.linear_ce import CHUNK_ROWS, frozen_head_loss
+from nemo_automodel.kernels.linear_ce import CHUNK_ROWS, frozen_head_loss, trained_head_loss
 
 Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Token ids of one row → hidden states ``[1, D]`` and logits ``[1, V]`` of its last token."""
@@ -59,8 +60,6 @@ def obstacle(model: PreTrainedModel, head: nn.Module) -> str | None:
     """Return why the head and the loss cannot be one step, as far as that shows before anything is computed."""
     if not is_one_matrix(head):
         return "the head has a bias, an adapter or packed weights"
-    if head.weight.requires_grad:
-        return "the head is trained"
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         return "the model caps its logits"
     if torch.is_autocast_enabled(model.device.type):
@@ -114,4 +113,5 @@ def loss_of_rows(
         scale = torch.full((), 1.0 / count, dtype=dtype, device=hidden_ND.device)
     weight: Any = head.weight
     rows = CHUNK_ROWS if runs_triton(hidden_ND) else plain.chunk_rows or default_chunk_rows(weight.shape[0])
-    return frozen_head_loss(hidden_ND, weight, labels_N, scale, plain.ignore_index, rows)
+    run = trained_head_loss if weight.requires_grad else frozen_head_loss
+    return run(hidden_ND, weight, labels_N, scale, plain.ignore_index, rows)

@@ -85,8 +85,9 @@ def lines(plan: Plan) -> list[str]:
         f"micro-batches of {load.rows} × {load.seq_len:,} tokens, {load.grad_accum} a step",
         "",
     ]
+    terms = {**_TERMS, "weights": "weights of the layers"} if load.is_full else _TERMS
     for name, value in found["memory_gib"].items():
-        out.append(f"  {_TERMS[name]:<28} {value:8.2f} GiB")
+        out.append(f"  {terms[name]:<28} {value:8.2f} GiB")
     verdict = "fits" if plan.fits else "does NOT fit"
     out += [
         f"  {'peak of a step':<28} {found['needed_gib']:8.2f} GiB of {found['usable_gib']:.1f}: {verdict}",

@@ -1,10 +1,14 @@
-"""Output head and cross-entropy over chunks of rows, for a head that does not learn.
+"""Output head and cross-entropy over chunks of rows.
 
 A chunk of logits is made by one matrix product in the dtype of the model, turned **in place** into the gradient of the
 logits, multiplied by the head again to give the gradient of the hidden states, and overwritten by the next chunk. So a
 micro-batch costs two products with the head, the memory of one chunk and of the hidden states' gradient. A chunk is
 long enough (2048 rows) that reading the head for each of them hides behind the arithmetic. The price: the gradient is
 computed in the forward pass, also when nobody asks for it later.
+
+A head that learns needs the gradient of the logits once more, for its own. Whichever is smaller waits for the backward
+pass: the gradient of all logits, ``[N, V]``, where rows are at most D, and then the head's is summed straight into its
+``grad``; else the head's, ``[V, D]``, summed over the chunks. Never are there two matrices of logits, or one in fp32.
 
 Shapes: N labelled rows, M rows of a chunk, D hidden size, V vocabulary.
 """
@@ -16,6 +20,7 @@ from typing import Any
 import torch
 
 from nemo_automodel.kernels.jit import jit, runs_triton, tl
+from nemo_automodel.kernels.weight_grad import add_product_grad
 
 CHUNK_ROWS = 2048
 _BLOCK = 4096
@@ -77,6 +82,74 @@ def frozen_head_loss(
     ``scale`` is a scalar tensor on the device. The weight gets no gradient.
     """
     loss: torch.Tensor = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, labels_N, scale, ignore_index, chunk_rows
+    )
+    return loss
+
+
+class _TrainedHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_N: torch.Tensor,
+        scale: torch.Tensor,
+        ignore_index: int,
+        chunk_rows: int,
+    ) -> torch.Tensor:
+        num_rows, num_dims = hidden_ND.shape
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        keeps_logits = wants_weight and num_rows <= num_dims
+        kept_NV = hidden_ND.new_empty((num_rows, weight_VD.shape[0])) if keeps_logits else None
+        grad_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if wants_hidden else None
+        grad_VD = None
+        losses = []
+        for start in range(0, num_rows, chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            out_MV = None if kept_NV is None else kept_NV[rows]
+            logits_MV = torch.mm(hidden_ND[rows], weight_VD.t(), out=out_MV)
+            losses.append(cross_entropy_(logits_MV, labels_N[rows], scale, ignore_index).sum())
+            if grad_ND is not None:
+                torch.mm(logits_MV, weight_VD, out=grad_ND[rows])
+            if wants_weight and not keeps_logits:
+                if grad_VD is None:
+                    grad_VD = torch.mm(logits_MV.t(), hidden_ND[rows])
+                else:
+                    grad_VD.addmm_(logits_MV.t(), hidden_ND[rows])
+            del logits_MV, out_MV
+        ctx.save_for_backward(hidden_ND if keeps_logits else None)
+        ctx.grads, ctx.weight = (grad_ND, grad_VD, kept_NV), weight_VD
+        return torch.stack(losses).sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_ND, grad_VD, kept_NV), ctx.grads = ctx.grads, (None, None, None)
+        weight, incoming = ctx.weight, grad_outputs[0]
+        if kept_NV is not None:
+            (hidden_ND,) = ctx.saved_tensors
+            add_product_grad([weight], kept_NV, hidden_ND * incoming.to(hidden_ND.dtype))
+        elif grad_VD is not None:
+            grad_VD.mul_(incoming.to(grad_VD.dtype))
+            weight.grad = grad_VD if weight.grad is None else weight.grad.add_(grad_VD)
+        if grad_ND is not None:
+            grad_ND.mul_(incoming.to(grad_ND.dtype))
+        return grad_ND, None, None, None, None, None
+
+
+def trained_head_loss(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    scale: torch.Tensor,
+    ignore_index: int,
+    chunk_rows: int = CHUNK_ROWS,
+) -> torch.Tensor:
+    """Return what `frozen_head_loss` returns; the backward pass, which runs once, adds to ``weight_VD.grad`` itself.
+
+    ``weight_VD`` is a leaf, a parameter.
+    """
+    loss: torch.Tensor = _TrainedHeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, labels_N, scale, ignore_index, chunk_rows
     )
     return loss

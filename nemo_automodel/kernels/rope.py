@@ -95,7 +95,7 @@ def rotate_qkv_backward(
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
-def _turn(x_TCE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def turn(x_TCE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate every head of every token; cos and sin ``[S, E]`` are repeated for every row of the batch."""
     half = x_TCE.shape[-1] // 2
     repeat = x_TCE.shape[0] // cos.shape[0]
@@ -130,7 +130,7 @@ def rotate_qkv_reference(
     if rstd_TC is not None:
         rstd_TC.copy_(torch.rsqrt(x_TCE.square().mean(dim=-1) + layout.norm_eps))
         x_TCE = x_TCE * rstd_TC.unsqueeze(-1) * _head_norms(layout, math_dtype)
-    out_TX.copy_(_turn(x_TCE, cos, sin).flatten(1))
+    out_TX.copy_(turn(x_TCE, cos, sin).flatten(1))
 
 
 def rotate_qkv_backward_reference(
@@ -147,7 +147,7 @@ def rotate_qkv_backward_reference(
     """Do what `rotate_qkv_backward` says in plain operations."""
     math_dtype = torch.promote_types(dqkv_TW.dtype, torch.float32)
     turned = torch.cat([dq_BHSE, dk_BKSE], dim=1).transpose(1, 2).flatten(0, 1).to(math_dtype)
-    grad_TCE = _turn(turned, cos, -sin)
+    grad_TCE = turn(turned, cos, -sin)
     if rstd_TC is not None:
         assert raw_TW is not None
         raw = raw_TW[:, : layout.rotated_width].to(math_dtype)

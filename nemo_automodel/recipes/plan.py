@@ -30,8 +30,14 @@ _PROCESS_GIB = 4.0
 """Host memory of a training process beside its tensors."""
 _SHARD_GIB = 5.0
 """Weight files are seldom larger."""
-_STATE_BYTES = {"SGD": 0, "Adagrad": 4, "RMSprop": 4, "Lion": 4, "AdamW8bit": 2, "Adam8bit": 2, "PagedAdamW8bit": 2}
+_STATE_BYTES = {"SGD": 0, "Adagrad": 4, "RMSprop": 4, "Lion": 4}
 """Of an optimizer for an fp32 weight; all others keep two numbers, as Adam does."""
+_QUANTIZED_STATE_BYTES = {
+    **dict.fromkeys(("Adam8bit", "AdamW8bit", "PagedAdamW8bit", "adamw8bit", "AdamFp8", "AdamWFp8"), 2.03),
+    **dict.fromkeys(("Adam4bit", "AdamW4bit"), 1.06),
+    "FlashAdamW": 3.13,
+}
+"""Of an optimizer whose state has the same size for every weight, with its scales."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +164,11 @@ def _store(settings: RunSettings) -> str:
 
 def _state_bytes(settings: RunSettings, trainable_bytes: int, notes: list[str]) -> float:
     name = str(settings.optimizer.get("_target_")).rpartition(".")[2]
+    if name in _QUANTIZED_STATE_BYTES:
+        return _QUANTIZED_STATE_BYTES[name]
     if name in _STATE_BYTES:
         own = _STATE_BYTES[name] + (4 if name == "SGD" and settings.optimizer.get("momentum") else 0)
-        return own if name.endswith("8bit") else own * trainable_bytes / 4
+        return own * trainable_bytes / 4
     if "adam" not in name.lower():
         notes.append(f"The optimizer {name} is taken to keep two numbers for a weight, as Adam does.")
     return 2 * trainable_bytes

@@ -43,9 +43,9 @@ def is_fast(model) -> list[bool]:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("wish", ["on", True])
-def test_on_gives_every_layer_its_fast_form(caplog, family, wish):
-    model, line = build(caplog, tiny_config(family), fast_layers=wish)
+@pytest.mark.parametrize(("wish", "peft"), [("on", PEFT), (True, PEFT), ("on", None)])
+def test_on_gives_every_layer_its_fast_form(caplog, family, wish, peft):
+    model, line = build(caplog, tiny_config(family), fast_layers=wish, peft_config=peft)
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     assert line == f"fast (2 of 2, {name}DecoderLayer; recomputed: none)."
     assert is_fast(model) == [True, True]
@@ -72,7 +72,7 @@ UNFIT = [
     ({"fast_layers": "auto"}, {}, "the model is on the cpu"),
     ({"fast_layers": "off"}, {}, "`fast_layers: off`"),
     ({"force_hf": True}, {}, "`force_hf: true`"),
-    ({"peft_config": None}, {}, "every weight is trained; the fast layers are for adapters over a frozen base"),
+    ({"peft_config": None}, {}, "the model is on the cpu"),
     ({"autocast_dtype": "bfloat16"}, {}, "`distributed.autocast_dtype: bfloat16`"),
     ({"compile_layers": True}, {}, "the layers are compiled instead"),
     ({"compile_config": CompileConfig(enabled=True)}, {}, "the layers are compiled instead"),
@@ -192,6 +192,7 @@ def test_values_are_checked(caplog):
     )
 
 
+@pytest.mark.parametrize("peft", [PEFT, None])
 @pytest.mark.parametrize(
     ("machine", "dtype", "line"),
     [
@@ -206,16 +207,16 @@ def test_values_are_checked(caplog):
         ),
     ],
 )
-def test_auto_looks_at_the_machine(caplog, monkeypatch, machine, dtype, line):
+def test_auto_looks_at_the_machine(caplog, monkeypatch, machine, dtype, line, peft):
     monkeypatch.setattr(fast_layers.Machine, "of", lambda device: machine)
-    assert build(caplog, torch_dtype=dtype)[1] == line
+    assert build(caplog, torch_dtype=dtype, peft_config=peft)[1] == line
 
 
 def test_a_base_that_learns_is_seen(caplog):
     model, _ = build(caplog, fast_layers="off")
     norm = model.model.layers[1].input_layernorm
     norm.weight.requires_grad_(True)
-    reason = "`input_layernorm.weight` is trained; the fast layers are for adapters over a frozen base"
+    reason = "`input_layernorm.weight` is trained beside adapters; the fast layers train one or the other"
     assert choose(caplog, model) == f"plain Transformers: {reason}."
     norm.weight.requires_grad_(False)
     model, _ = build(caplog, fast_layers="off")

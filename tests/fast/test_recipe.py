@@ -18,16 +18,16 @@ NUM_STEPS = 50
 
 
 def run(tmp_path: Path, model_dir: Path, squad_dir: Path, fast: bool, name: str = "", **overrides):
-    """Train and return the recipe, its losses and its adapters."""
+    """Train and return the recipe, its losses and what it learned."""
     choice = {"model__fast_layers": "on"} if fast else {"model__force_hf": True}
     directory = tmp_path / (name or f"fast-{fast}")
-    config = recipe_config(model_dir, squad_dir, directory / "run", peft=lora_section(), **choice, **overrides)
+    config = recipe_config(model_dir, squad_dir, directory / "run", **{"peft": lora_section(), **choice, **overrides})
     recipe = set_up_recipe(config, directory / "config.yaml")
     assert type(recipe.model.model.layers[0]).__name__.startswith("Fast") == fast
     recipe.run_train_validation_loop()
     rows = [json.loads(line) for line in (directory / "run" / "training.jsonl").read_text().splitlines()]
-    adapters = {n: p.detach() for n, p in recipe.model.named_parameters() if "lora_" in n}
-    return recipe, [row["loss"] for row in rows], adapters
+    learned = {n: p.detach() for n, p in recipe.model.named_parameters() if p.requires_grad}
+    return recipe, [row["loss"] for row in rows], learned
 
 
 def assert_same_run(one, other) -> None:
@@ -73,6 +73,35 @@ def test_a_resumed_run_is_the_same_run(tmp_path, model_dirs, squad_dir):
     assert parts[1] == whole[1]
     assert all(torch.equal(parts[2][name], whole[2][name]) for name in whole[2])
     files = [tmp_path / name / "run/LATEST/model/adapter_model.safetensors" for name in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"packed_sequence__packed_sequence_size": 160},
+        {"step_scheduler__local_batch_size": 1, "clip_grad_norm__max_norm": 0.1},
+        {"distributed__activation_checkpointing": "full"},
+        {"freeze_config__freeze_embeddings": True, "optimizer__foreach": True},
+    ],
+    ids=["plain", "packed", "alone", "full", "frozen embeddings"],
+)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_full_training(tmp_path, model_dirs, squad_dir, overrides, family):
+    common = {"peft": None, "step_scheduler__max_steps": 15, "optimizer__eps": 1e-4, **overrides}
+    plain = run(tmp_path, model_dirs(family), squad_dir, False, **common)
+    assert_same_run(plain, run(tmp_path, model_dirs(family), squad_dir, True, **common))
+
+
+def test_a_resumed_full_run_is_the_same_run(tmp_path, model_dirs, squad_dir):
+    common = {"peft": None, "optimizer__eps": 1e-4}
+    whole = run(tmp_path, model_dirs("qwen2"), squad_dir, True, "whole", step_scheduler__max_steps=8, **common)
+    run(tmp_path, model_dirs("qwen2"), squad_dir, True, "parts", step_scheduler__max_steps=4, **common)
+    parts = run(tmp_path, model_dirs("qwen2"), squad_dir, True, "parts", step_scheduler__max_steps=8, **common)
+    assert parts[1] == whole[1]
+    assert all(torch.equal(parts[2][name], whole[2][name]) for name in whole[2])
+    files = [tmp_path / name / "run/LATEST/model/model.safetensors" for name in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 

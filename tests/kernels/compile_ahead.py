@@ -22,6 +22,7 @@ from nemo_automodel.kernels import (
     lora,
     nf4,
     norm,
+    norm_grad,
     rope,
     swiglu_lora,
 )
@@ -51,6 +52,18 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         norm._norm_backward_kernel,
         {"rstd_ptr": "*fp32"},
         {"HAS_RESIDUAL": True, "WRITES_Y": True, "BLOCK": 8192},
+    ),
+    (
+        "norm weight gradient",
+        norm_grad._norm_weight_grad_kernel,
+        {"rstd_ptr": "*fp32", "partial_ptr": "*fp32"},
+        {"BLOCK_T": norm_grad._BLOCK_T, "BLOCK_N": norm_grad._BLOCK_N},
+    ),
+    (
+        "head norm gradients",
+        norm_grad._head_norm_grad_kernel,
+        {"rstd_ptr": "*fp32", "partial_ptr": "*fp32"},
+        {key: _ROPE[key] for key in ("NUM_Q", "NUM_KV", "HEAD", "HAS_BIAS", "BLOCK_H", "BLOCK_E")},
     ),
     ("rope forward", rope._rope_forward_kernel, {"rstd_ptr": "*fp32", "eps": "fp32"}, _ROPE),
     ("rope backward", rope._rope_backward_kernel, {"rstd_ptr": "*fp32"}, _ROPE),

@@ -1,4 +1,4 @@
-"""Cross-entropy of a frozen head: both forms against float64 and autograd."""
+"""Cross-entropy with its head, frozen or trained: both forms against float64 and autograd."""
 
 from __future__ import annotations
 
@@ -64,3 +64,28 @@ def test_loss_of_hidden_states(monkeypatch, rows):
     (grad,) = torch.autograd.grad(loss * 3, hidden)
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(grad, wanted_grad)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 9, 10, 20])
+@pytest.mark.parametrize("learns", ["both", "head", "hidden"])
+def test_loss_of_a_head_that_learns(rows, learns):
+    """Up to 9 rows the gradient of the logits waits for the backward pass, above the head's does."""
+    torch.manual_seed(rows)
+    hidden = torch.randn(rows, 9, dtype=torch.float64).requires_grad_(learns != "head")
+    weight = torch.nn.Parameter(torch.randn(31, 9, dtype=torch.float64), requires_grad=learns != "hidden")
+    labels = torch.randint(0, 31, (rows,))
+    labels[0] = -100
+    scale = torch.tensor(0.5, dtype=torch.float64)
+    wanted = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum") * 0.5
+    wanted_grads = torch.autograd.grad(wanted * 3, [leaf for leaf in (hidden, weight) if leaf.requires_grad])
+    for times in (1, 2):
+        hidden.grad = None
+        loss = linear_ce.trained_head_loss(hidden, weight, labels, scale, -100, chunk_rows=4)
+        (loss * 3).backward()
+        torch.testing.assert_close(loss, wanted)
+        found = [leaf.grad for leaf in (hidden, weight) if leaf.grad is not None]
+        for leaf, grad, expected in zip(["hidden", "weight"][2 - len(found) :], found, wanted_grads, strict=True):
+            is_weight = (len(found) == 1 and learns == "head") or (leaf == "weight" and learns != "hidden")
+            torch.testing.assert_close(grad, expected * (times if is_weight else 1))
+    if learns == "hidden":
+        assert weight.grad is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.fast_models import adapters_of, fast_model, tokens
+from support.fast_models import adapters_of, fast_model, tokens, trained_model
 
 from nemo_automodel._transformers import outline
 from nemo_automodel.components._peft.config import PeftConfig
@@ -37,7 +37,8 @@ def load_of(found: outline.Outline, rows: int = 2, seq_len: int = 4096, **more: 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_a_fast_layer_keeps_what_the_formula_says(family, recompute, monkeypatch):
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_fast_layer_keeps_what_the_formula_says(family, recompute, is_full, monkeypatch):
     kept = []
     run = decoder_layer.DecoderCore._run
 
@@ -50,13 +51,17 @@ def test_a_fast_layer_keeps_what_the_formula_says(family, recompute, monkeypatch
         return y_TD, saved
 
     monkeypatch.setattr(decoder_layer.DecoderCore, "_run", spy)
-    peft = adapters_of(dtype="float32")
-    model = fast_model(family, peft, torch.float32, recompute)
+    peft = None if is_full else adapters_of(dtype="float32")
+    model = (
+        trained_model(family, torch.float32, recompute)
+        if peft is None
+        else fast_model(family, peft, torch.float32, recompute)
+    )
     ids = tokens(2, 24)
     model(input_ids=ids, use_cache=False)
     found = outline.from_config(model.config, peft_config=peft, torch_dtype="float32", fast_layers="on")
     assert found.why_plain is None
-    load = load_of(found, 2, 24, recompute=recompute)
+    load = load_of(found, 2, 24, recompute=recompute, is_full=is_full)
     # attention on the CPU keeps its log-sum-exp inside autograd's graph, out of the spy's sight
     unseen = 4 * load.shape.num_heads
     assert kept[0] / ids.numel() == memory.fast_kept(load, recompute) - unseen
@@ -127,3 +132,18 @@ def test_recomputing_saves_memory_and_costs_time(llama_8b):
     assert rates == sorted(rates, reverse=True)
     plain = [outline.run_plain(llama_8b, 1, 2048, policy) for policy in ("none", "full")]
     assert plain[1].kept < plain[0].kept / 10
+
+
+def test_full_training_of_an_8b_fits_an_80_gb_card_with_all_state_in_16_bits():
+    """8 bytes a weight are 59.8 GiB; 1 × 4096 tokens keep 11.5, and the logits once are 1.0."""
+    found = outline.from_config(transformers.LlamaConfig(**LLAMA_8B))
+    assert found.why_plain is None
+    load = load_of(found, 1, 4096, is_full=True, trainable_bytes=2, state_bytes=4)
+    several = memory.peak(load)
+    assert several.total / GIB == pytest.approx(59.83 + 11.52 + 1.0, abs=0.3)
+    assert several.total < MACHINES["h100"].usable_bytes
+    # gradients come while activations go, and are more
+    alone = memory.peak(load.changed(grad_accum=1))
+    assert alone.total / GIB == pytest.approx(59.83, abs=0.5)
+    plain = load.changed(plain=outline.run_plain(found, 1, 4096, "none"))
+    assert memory.peak(plain).total > MACHINES["h100"].usable_bytes

@@ -1,4 +1,7 @@
-"""Pairs of equal models with adapters, one with Transformers' layers and one with the fast ones, in float64 or fp32."""
+"""Pairs of equal models, with adapters or with all weights to learn: one of Transformers' layers, one of the fast ones.
+
+In float64 or fp32.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,29 @@ def fast_model(
     for module in model.modules():
         module.__dict__.pop("forward", None)
     assert use_fast_layers(model, FastRequest("on", peft, recompute))
+    return model
+
+
+def full_model(family: str, dtype: torch.dtype = torch.float64, frozen: str = "", **overrides: object):
+    """Return a model of which every weight learns but those whose names hold a word of ``frozen``."""
+    torch.manual_seed(0)
+    config = tiny_config(family, **overrides)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        parameter.requires_grad_(not any(word in name for word in frozen.split()))
+    if dtype == torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = types.MethodType(_exact_norm, module)
+    return model.train()
+
+
+def trained_model(family: str, dtype: torch.dtype = torch.float64, recompute: str = "none", **more: object):
+    model = full_model(family, dtype, **more)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    assert use_fast_layers(model, FastRequest("on", None, recompute))
     return model
 
 

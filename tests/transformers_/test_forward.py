@@ -95,13 +95,13 @@ def test_only_labelled_rows_reach_the_head_and_the_loss_is_the_same(family):
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
     batch = pad([d for row in make_documents(LENGTHS) for d in row])
     num_labels = int((batch["labels"] != -100).sum())
-    loss = LabelledForward(model).loss(batch, MaskedCrossEntropy(), num_labels)
+    loss = LabelledForward(model, joins_frozen_head=False).loss(batch, MaskedCrossEntropy(), num_labels)
     assert seen == [(1, num_labels, 96)]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert seen[1] == (*batch["input_ids"].shape, 96)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    plain_sum = LabelledForward(model).loss(batch, ChunkedCrossEntropy())
+    plain_sum = LabelledForward(model, joins_frozen_head=False).loss(batch, ChunkedCrossEntropy())
     torch.testing.assert_close(plain_sum, expected * num_labels, rtol=1e-5, atol=0)
 
 

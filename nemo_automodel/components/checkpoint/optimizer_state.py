@@ -2,7 +2,8 @@
 
 An optimizer numbers its parameters; a checkpoint names them, so that it outlives another order of parameters:
 ``state.<parameter>.<key>`` for what the optimizer keeps of a parameter, ``param_groups.<parameter>.<key>`` for the
-settings of its group.
+settings of its group. A state in 8 or 4 bits is a tensor or an object of its library's, made of plain tensors: those
+are kept, ``state.<parameter>.<key>:<part>``.
 
 State is read straight into the optimizer's own tensors. Its own tensors have the right dtype, device and kind (8-bit
 states are no plain tensors), which ``Optimizer.load_state_dict`` would change, and nothing is held twice. An optimizer
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nemo_automodel.components.checkpoint.dcp import Archive, Place
 from nemo_automodel.shared.errors import UserError
@@ -49,7 +51,7 @@ def optimizer_entries(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[parameter]
-            entries |= {f"{_STATE}{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+            entries |= _state_entries(name, optimizer.state.get(parameter, {}))
             entries |= {f"{GROUP_PREFIX}{name}.{key}": value for key, value in group.items() if key != "params"}
     return entries
 
@@ -75,11 +77,9 @@ class OptimizerRestore:
         """Make the optimizer's tensors and return those that the checkpoint fills, by their place in it."""
         with_state = {_name_in(key.removeprefix(_STATE)) for key in self._saved_state}
         _make_state(self._optimizer, [p for name, p in self._parameters.items() if name in with_state])
-        live = {
-            f"{_STATE}{name}.{key}": value
-            for name, parameter in self._parameters.items()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
+        live: dict[str, Any] = {}
+        for name, parameter in self._parameters.items():
+            live |= _state_entries(name, self._optimizer.state.get(parameter, {}))
         self._require_same("optimizer states", self._saved_state, set(live))
         tensors = {key: value for key, value in live.items() if isinstance(value, torch.Tensor)}
         for key, value in tensors.items():
@@ -97,7 +97,8 @@ class OptimizerRestore:
         for name, parameter in self._parameters.items():
             state = self._optimizer.state.get(parameter, {})
             for key in state:
-                state[key] = entries[f"{_STATE}{name}.{key}"]
+                if not _parts(state[key]):  # parts were read where they lie
+                    state[key] = entries[f"{_STATE}{name}.{key}"]
         names = {parameter: name for name, parameter in self._parameters.items()}
         for group in self._optimizer.param_groups:
             for key in [key for key in group if key not in _HOW_IT_RUNS and key not in changed]:
@@ -130,6 +131,26 @@ class OptimizerRestore:
                     f"`{self._archive.directory}` {problem}: {', '.join(extra[:_NUM_LISTED])}{more}. Use the model, "
                     "the adapter and the optimizer of the checkpoint."
                 )
+
+
+def _state_entries(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of one parameter, tensors that are made of others taken apart."""
+    entries: dict[str, Any] = {}
+    for key, value in state.items():
+        parts = _parts(value)
+        entries |= {f"{_STATE}{name}.{key}:{part}": tensor for part, tensor in parts.items()}
+        if not parts:
+            entries[f"{_STATE}{name}.{key}"] = value
+    return entries
+
+
+def _parts(value: Any) -> dict[str, torch.Tensor]:
+    """Return the plain tensors that a quantised state consists of, by name; empty for a plain tensor or a number."""
+    if is_traceable_wrapper_subclass(value):
+        return {part: getattr(value, part) for part in value.__tensor_flatten__()[0]}
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__dict__"):
+        return {}
+    return {part: tensor for part, tensor in vars(value).items() if isinstance(tensor, torch.Tensor)}
 
 
 def _name_in(key: str) -> str:

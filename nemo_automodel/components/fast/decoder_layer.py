@@ -11,8 +11,8 @@ Backward: gradients of gate and up overwrite them, attention's gradients are rea
 nothing is computed that nobody needs: below the lowest adapter there is no gradient. So it runs once; a second backward
 pass is refused. Attention keeps an autograd graph of its own inside, so any differentiable attention can be put in.
 
-Base weights are frozen. A Hugging Face layer is exchanged in place (`speed_up`): names, weights and modules stay, and
-generation with a cache runs through them as before.
+Base weights are frozen here, and learn in `trained_layer`. A Hugging Face layer is exchanged in place (`speed_up`):
+names, weights and modules stay, and generation with a cache runs through them as before.
 
 Shapes: B rows, S positions, T = B·S tokens, D hidden size, H query heads, K key heads, E head dim, F intermediate size,
 G = 2F, W = (H + 2K)·E; M a buffer wider than its contents.
@@ -442,17 +442,19 @@ def speed_up(
     choices: Choices = DEFAULT,
     choose_attention: ChooseAttention = attention_by_mask,
     dropout: AdapterDropout | None = None,
+    core: type[DecoderCore] = DecoderCore,
 ) -> None:
     """Exchange the class of a Hugging Face decoder layer for its fast form, in place.
 
     ``adapters`` maps linear layers, of this layer or others, to what is on them. ``store`` keeps the base weights,
     ``choices`` are between ways that differ in speed only. ``choose_attention`` is asked in every call. ``dropout`` is
-    on the adapters, while the layer is in training mode.
+    on the adapters, while the layer is in training mode. ``core`` is another for layers whose own weights learn
+    (`trained_layer`).
 
     Raises:
         UnfitError: the layer computes something that the fast form does not; it is as it was.
     """
-    layer.fast_core = DecoderCore(layer, adapters, recompute, store, choices, dropout)  # type: ignore[assignment]
+    layer.fast_core = core(layer, adapters, recompute, store, choices, dropout)  # type: ignore[assignment]
     layer.choose_attention = choose_attention  # type: ignore[assignment]
     base = type(layer)
     if base not in _FAST_CLASSES:

@@ -1,4 +1,4 @@
-"""The RMSNorm in front of the output head, as one pass forward and one back. Its weight is frozen."""
+"""The RMSNorm in front of the output head, as one pass forward and one back, and one more where its weight learns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nemo_automodel.kernels.norm import rms_norm, rms_norm_backward
+from nemo_automodel.kernels.norm_grad import norm_weight_grad
 
 _FAST_CLASSES: dict[type[nn.Module], type[FastRMSNorm]] = {}
 
@@ -21,7 +22,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return rms_norm_backward(grad_outputs[0].contiguous(), *ctx.saved_tensors), None, None
+        x_TD, weight_D, rstd_T = ctx.saved_tensors
+        dy_TD = grad_outputs[0].contiguous()
+        dweight_D = norm_weight_grad(dy_TD, x_TD, rstd_T).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
+        return rms_norm_backward(dy_TD, x_TD, weight_D, rstd_T), dweight_D, None
 
 
 class FastRMSNorm(nn.Module):
@@ -35,7 +39,7 @@ class FastRMSNorm(nn.Module):
 
 
 def speed_up_norm(norm: nn.Module) -> None:
-    """Exchange the class of a Hugging Face RMSNorm whose weight is frozen for its fast form, in place."""
+    """Exchange the class of a Hugging Face RMSNorm for its fast form, in place."""
     base = type(norm)
     if base not in _FAST_CLASSES:
         _FAST_CLASSES[base] = type(f"Fast{base.__name__}", (FastRMSNorm, base), {})

@@ -6,7 +6,6 @@ Any class works that torch would accept: its signature is the schema.
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from typing import Any
 
 import torch
 
+from nemo_automodel.components.optim.rounding import warn_of_vanishing_updates
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import ConfigError, UserError, did_you_mean
 
-logger = logging.getLogger(__name__)
-
+_OFFLOADING = "CPUOffloadOptimizer"
 _DTYPE_KEYS = ("master_weight_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
@@ -67,6 +66,11 @@ def prepare_kwargs(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> dic
     Raises:
         ConfigError: a keyword that the optimizer does not take, or a dtype that is none.
     """
+    if getattr(target, "__name__", "") == _OFFLOADING:
+        raise ConfigError(
+            f"`optimizer._target_`: {_OFFLOADING} keeps copies of weights and gradients of its own, which clipping and "
+            "checkpoints do not see. Use `paged_adamw8bit`, whose state moves to host memory when the GPU is full."
+        )
     parameters = inspect.signature(target).parameters
     if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         known = [name for name in parameters if name not in ("self", "params")]
@@ -113,7 +117,7 @@ def build_optimizer(
     except (TypeError, ValueError, RuntimeError) as error:  # every optimizer has its own way to say no
         reason = " ".join(str(error).split())
         raise UserError(f"`optimizer`: {_name(target)} refuses its arguments: {reason}. Change that key.") from error
-    _warn_of_vanishing_updates(optimizer, trainable)
+    warn_of_vanishing_updates(optimizer, trainable)
     return optimizer
 
 
@@ -154,24 +158,6 @@ def _groups(
             )
         groups.append({"params": parameters, "lr_mult": override.lr_mult, "wd_mult": override.wd_mult})
     return groups
-
-
-def _warn_of_vanishing_updates(
-    optimizer: torch.optim.Optimizer, trainable: list[tuple[str, torch.nn.Parameter]]
-) -> None:
-    """Warn of torch's own optimizers on 16-bit weights: they keep no finer copy to add small updates to."""
-    low = [p for _, p in trainable if p.dtype in (torch.bfloat16, torch.float16)]
-    if not low or not type(optimizer).__module__.startswith("torch.optim"):
-        return
-    logger.warning(
-        "%d of %d trainable parameters are %s and %s keeps no finer copy of them: an update smaller than about 0.2 %% "
-        "of a weight (bfloat16) is rounded away. For LoRA set `peft.lora_dtype: float32`; for full fine-tuning set "
-        "`model.torch_dtype: float32` with `distributed.autocast_dtype: bfloat16`, or use a larger learning rate.",
-        sum(p.numel() for p in low),
-        sum(p.numel() for _, p in trainable),
-        str(low[0].dtype).removeprefix("torch."),
-        _name(type(optimizer)),
-    )
 
 
 def _name(target: Callable[..., Any]) -> str:

@@ -203,7 +203,11 @@ class OptimizerParamScheduler:
     def _apply(self) -> None:
         lr, weight_decay = self.plan.lr(self.num_steps), self.plan.weight_decay(self.num_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_mult", 1.0)
+            group_lr = lr * group.get("lr_mult", 1.0)
+            if isinstance(group["lr"], torch.Tensor):  # compiled optimizers read it where it lies
+                group["lr"].fill_(group_lr)
+            else:
+                group["lr"] = group_lr
             if "weight_decay" in group:
                 group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 

@@ -2,8 +2,9 @@
 
 A step's peak lies either where the loss is made, all layers' activations kept, or in the backward pass of the last
 layer. Both are the sum of what stays (weights, adapters, optimizer) and of what a micro-batch keeps; the larger is the
-answer. The formulae of the fast layers follow `components/fast/decoder_layer.py`, tensor by tensor; those of
-Transformers' layers are measured on the model's outline (`_transformers/outline.py`).
+answer. Where all weights learn from a single micro-batch a step, their gradients come while activations go, so the two
+are not there at once: the larger counts. The formulae of the fast layers follow `components/fast/decoder_layer.py`,
+tensor by tensor; those of Transformers' layers are measured on the model's outline (`_transformers/outline.py`).
 """
 
 from __future__ import annotations
@@ -51,13 +52,18 @@ def peak(load: Workload) -> Memory:
     embedding_bytes = load.trainable_bytes if load.is_full else load.weight_bytes
     trained = load.num_trainable
     own = 0 if load.is_full else load.trainable_bytes  # full training: the weights are counted as weights
+    trainable = trained * (own + load.trainable_bytes)
+    activations, loss, layer = _kept(load), _loss_working(load), _layer_peak(load)
+    working = max(loss, layer)
+    if load.is_full and load.grad_accum == 1:
+        activations, working = max(0, activations + loss - trainable - layer), layer
     return Memory(
         weights=int(_weight_bytes(load) + shape.num_other * load.weight_bytes),
         embeddings=((0 if load.embeddings_on_host else shape.num_embedding) + shape.num_head) * embedding_bytes,
-        trainable=int(trained * (own + load.trainable_bytes)),
+        trainable=int(trainable),
         optimizer=int(trained * load.state_bytes),
-        activations=int(_kept(load)),
-        working=int(_working(load)),
+        activations=int(activations),
+        working=int(working + _LIBRARY_BYTES),
     )
 
 
@@ -133,21 +139,27 @@ def _fast_kept(load: Workload, keeps_gate_up: bool) -> float:
     return elements * load.weight_bytes + 4 * numbers
 
 
-def _working(load: Workload) -> float:
-    """Return the larger of what the loss and what a layer's backward pass need beside what is kept."""
-    shape, tokens = load.shape, load.tokens
-    labelled = tokens * load.labelled_share
-    if load.is_full:  # logits, their gradient, a chunk in fp32
-        loss = 2 * labelled * shape.vocab_size * load.weight_bytes
-    else:
-        rows = min(CHUNK_ROWS, labelled)
-        loss = rows * shape.vocab_size * load.weight_bytes + labelled * shape.hidden_size * load.weight_bytes
+def _loss_working(load: Workload) -> float:
+    """Return what the loss needs beside what is kept."""
+    shape, labelled = load.shape, load.tokens * load.labelled_share
+    logits = shape.vocab_size * load.weight_bytes
+    hidden = labelled * shape.hidden_size * load.weight_bytes
+    if not load.is_full:
+        return min(CHUNK_ROWS, labelled) * logits + hidden
+    if load.plain is not None:  # logits, their gradient, a chunk in fp32
+        return 2 * labelled * logits
+    if labelled <= shape.hidden_size:  # the gradient of the logits waits for the backward pass, or that of the head
+        return labelled * logits + hidden
+    return (shape.hidden_size + min(CHUNK_ROWS, labelled)) * logits + hidden
+
+
+def _layer_peak(load: Workload) -> float:
+    """Return what a layer's backward pass needs beside what is kept."""
     if load.plain is not None:
-        layer: float = load.plain.working
-    else:
-        layer = tokens * _layer_working(load)
-        layer += tokens * _fast_kept(load, True) if load.recompute == "full" else 0
-    return max(loss, layer + _scratch(load)) + _LIBRARY_BYTES
+        return load.plain.working + _scratch(load)
+    layer = load.tokens * _layer_working(load)
+    layer += load.tokens * _fast_kept(load, True) if load.recompute == "full" else 0
+    return layer + _scratch(load)
 
 
 def _layer_working(load: Workload) -> float:

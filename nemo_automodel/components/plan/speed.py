@@ -99,6 +99,8 @@ def _moved_bytes(load: Workload) -> float:
     else:
         per_token = load.plain.written * (1 + _READS_PER_WRITE) / load.tokens
     moved = load.tokens * per_token
+    if load.is_full and load.plain is None:  # products write gradients, and add to those of earlier micro-batches
+        moved += (1 if load.grad_accum == 1 else 2) * load.num_trainable * load.trainable_bytes
     if load.store in ("nf4", "int8"):  # unpacked for each pass
         moved += (3 if load.recompute == "full" else 2) * (1.55 if load.computes_in_fp8 else 2.55) * shape.num_linear
     return moved
