@@ -150,11 +150,20 @@ class StopsAt(TrainFinetuneRecipeForNextTokenPrediction):
 
 
 @pytest.mark.parametrize(
-    ("stop", "num_workers"),
-    [(3, 0), (4, 0), (7, 0), (7, 2)],
-    ids=["mid-epoch", "short last step of an epoch", "second epoch", "second epoch, two workers"],
+    ("stop", "num_workers", "overrides"),
+    [
+        (3, 0, {}),
+        (4, 0, {}),
+        (7, 0, {}),
+        (7, 2, {}),
+        (3, 0, {"model__fast_layers": "on"}),
+        (7, 0, {"model__fast_layers": "on", "peft__dropout_position": "pre"}),
+    ],
+    ids=["mid-epoch", "short last step of an epoch", "second epoch", "second epoch, two workers", "fast", "fast, pre"],
 )
-def test_a_stopped_run_goes_on_with_exactly_the_same_losses(make_config, set_up, tmp_path, stop, num_workers):
+def test_a_stopped_run_goes_on_with_exactly_the_same_losses(
+    make_config, set_up, tmp_path, stop, num_workers, overrides
+):
     """18 rows in micro-batches of 2 make 9, so the fifth step of an epoch has one micro-batch instead of two."""
 
     def config(run):
@@ -165,7 +174,8 @@ def test_a_stopped_run_goes_on_with_exactly_the_same_losses(make_config, set_up,
             step_scheduler__val_every_steps=4,
             dataset__limit_dataset_samples=18,
             dataloader={"shuffle": True, "num_workers": num_workers},
-            peft={**lora_section(), "dropout": 0.3},
+            peft={**lora_section(), "dropout": 0.3, "rank_pattern": {"down_proj": 6, "*.layers.0.self_attn.*": 2}},
+            **overrides,
         )
 
     set_up(config("whole")).run_train_validation_loop()
