@@ -136,7 +136,9 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     model.kernel_table = table.to_json()  # type: ignore[assignment]
     what = f"{total} of {total}, {name}{weights}; recomputed: {request.recompute}"
-    logger.info("Decoder layers: fast (%s%s).", what, "" if dropout is None else f"; {dropout}")
+    variant = "; DoRA" if request.peft is not None and request.peft.use_dora else ""
+    variant = variant if dropout is None else f"; {dropout}"
+    logger.info("Decoder layers: fast (%s%s).", what, variant)
     return True
 
 
@@ -188,7 +190,12 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
 
 
 def _adapters(model: PreTrainedModel) -> dict[nn.Module, Adapter]:
-    return {layer: Adapter(layer.lora_A, layer.lora_B, layer.scaling) for layer in lora_layers(model).values()}
+    return {
+        layer: Adapter(
+            layer.lora_A, layer.lora_B, layer.scaling, None if layer.lora_magnitude_vector is None else layer
+        )
+        for layer in lora_layers(model).values()
+    }
 
 
 def _dropout(peft: PeftConfig | None) -> AdapterDropout | None:
@@ -221,6 +228,8 @@ def _obstacle_to_adapters(model: PreTrainedModel, request: FastRequest) -> str |
     The attention implementation does not matter: it is between the linear layers.
     """
     asked = _obstacle_in_request(model, replace(request, asks_attention=False))
+    if asked is None and request.peft is not None and request.peft.use_dora:
+        return "DoRA is fused in fast decoder layers only"
     if asked is not None or request.wish == "on":
         return asked
     machine = Machine.of(model.device)
@@ -237,7 +246,7 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
         "`fast_layers: off`": request.wish == "off",
         "the layers are compiled instead": request.is_compiled,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
-        "DoRA is not on the fast path yet": peft is not None and peft.use_dora,
+        "DoRA with dropout is not on the fast path yet": peft is not None and peft.use_dora and peft.dropout > 0,
         f"`attn_implementation: {attention}` was asked for": request.asks_attention and attention != "sdpa",
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
@@ -311,7 +320,7 @@ def _check_weights(layer: nn.Module, has_adapters: bool) -> None:
         elif type(linear) not in (nn.Linear, LinearLoRA):
             raise UnfitError(f"`{path}` is a {type(linear).__name__}")
         if isinstance(linear, LinearLoRA):
-            adapters |= {id(linear.lora_A.weight), id(linear.lora_B.weight)}
+            adapters |= {id(linear.lora_A.weight), id(linear.lora_B.weight), id(linear.lora_magnitude_vector)}
     own = {name: parameter for name, parameter in layer.named_parameters() if id(parameter) not in adapters}
     for name, parameter in own.items():
         if parameter.requires_grad and has_adapters:

@@ -95,7 +95,14 @@ class LayerTrial:
                 packed = quantize(own.weight, linear.packed.quant_type, linear.packed.is_nested)
                 Linear4bit.pack(own, packed, linear.compute_dtype, linear.weight.dtype)
             if isinstance(linear, LinearLoRA):
-                cfg = replace(linear.peft_config, dim=linear.lora_A.out_features, dropout=0.0)
+                cfg = replace(
+                    linear.peft_config,
+                    dim=linear.lora_A.out_features,
+                    dropout=0.0,
+                    use_dora=False,
+                    rank_pattern={},
+                    alpha_pattern={},
+                )
                 twin = LinearLoRA.attach(made.get_submodule(name), cfg)  # type: ignore[arg-type]
                 nn.init.normal_(twin.lora_B.weight, std=0.02)
         return made

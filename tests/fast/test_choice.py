@@ -68,6 +68,19 @@ def test_dropout_on_adapters_is_named(caplog, position):
     assert is_fast(model) == [True, True]
 
 
+def test_dora_is_named_and_fused_in_decoder_layers_only(caplog):
+    peft = PeftConfig(target_modules="*_proj", dim=2, use_dora=True)
+    assert build(caplog, fast_layers="on", peft_config=peft)[1] == (
+        "fast (2 of 2, LlamaDecoderLayer; recomputed: none; DoRA)."
+    )
+    with pytest.raises(UserError) as refused:
+        build(caplog, tiny_config("gemma3"), fast_layers="on", peft_config=peft)
+    assert str(refused.value) == (
+        "`model.fast_layers: on` cannot be: DoRA is fused in fast decoder layers only. Set it to auto, which then "
+        "takes Transformers' layers."
+    )
+
+
 UNFIT = [
     ({"fast_layers": "auto"}, {}, "the model is on the cpu"),
     ({"fast_layers": "off"}, {}, "`fast_layers: off`"),
@@ -78,9 +91,9 @@ UNFIT = [
     ({"compile_config": CompileConfig(enabled=True)}, {}, "the layers are compiled instead"),
     ({"attn_implementation": "eager"}, {}, "`attn_implementation: eager` was asked for"),
     (
-        {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True)},
+        {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True, dropout=0.1)},
         {},
-        "DoRA is not on the fast path yet",
+        "DoRA with dropout is not on the fast path yet",
     ),
     ({}, {"hidden_act": "gelu"}, "its activation is `gelu`, not silu"),
     ({}, {"attention_dropout": 0.2}, "`attention_dropout` is 0.2"),
@@ -142,8 +155,8 @@ def test_auto_fuses_adapters_on_a_gpu_in_bfloat16(caplog, monkeypatch, attention
     ("keywords", "reason"),
     [
         (
-            {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True)},
-            "DoRA is not on the fast path yet",
+            {"peft_config": PeftConfig(target_modules="*_proj", dim=2, use_dora=True, dropout=0.1)},
+            "DoRA with dropout is not on the fast path yet",
         ),
         ({"compile_layers": True}, "the layers are compiled instead"),
         ({"autocast_dtype": "bfloat16"}, "`distributed.autocast_dtype: bfloat16`"),

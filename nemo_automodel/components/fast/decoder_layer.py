@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo_automodel.components.fast.choices import DEFAULT, Choices
+from nemo_automodel.components.fast.dora import Rescaled, RowScales
 from nemo_automodel.components.fast.dropout import AdapterDropout
 from nemo_automodel.components.fast.names import GROUPS, Adapter, Slot, slots_of
 from nemo_automodel.components.fast.spec import DecoderSpec, read_spec
@@ -154,6 +155,12 @@ class DecoderCore:
         self.qkv, self.o = store(slots["qkv"]), store(slots["o"])
         self.gate_up, self.down = store(slots["gate_up"]), store(slots["down"])
         self.stores = (self.qkv, self.o, self.gate_up, self.down)
+        self._row_scales = {
+            group: RowScales(store)
+            for group, store in zip(GROUPS, self.stores, strict=True)
+            if any(slot.adapter is not None and slot.adapter.magnitude is not None for slot in store.slots)
+        }
+        assert not (self._row_scales and dropout), "DoRA under masks is the plain path's"
         self._norm1: Any = layer.input_layernorm
         self._norm2: Any = layer.post_attention_layernorm
         attention: Any = layer.self_attn
@@ -163,9 +170,14 @@ class DecoderCore:
         """Return the adapters' weights, in the order of the gradients."""
         return [parameter for store in self.stores for parameter in store.parameters()]
 
-    def with_masks(self, device: torch.device) -> DecoderCore:
-        """Return this computation under masks of its own, for one forward and backward pass."""
-        if self.dropout is None or not any(store.has_adapters for store in self.stores):
+    def for_pass(self, device: torch.device, drops: bool) -> DecoderCore:
+        """Return this computation for one forward and backward pass: under masks of its own, under DoRA's scales."""
+        if self._row_scales:
+            rescaled = copy.copy(self)
+            for group, scales in self._row_scales.items():
+                setattr(rescaled, group, Rescaled(scales.store, scales))
+            return rescaled
+        if not drops or self.dropout is None or not any(store.has_adapters for store in self.stores):
             return self
         seed, masked = self.dropout.draw_seed(device), copy.copy(self)
         for number, (group, store) in enumerate(zip(GROUPS, self.stores, strict=True)):
@@ -422,7 +434,7 @@ class FastDecoderLayer(nn.Module):
         num_rows, seq_len, _ = hidden_states.shape
         call = _Call(num_rows, seq_len, *position_embeddings, attention)
         x_TD = hidden_states.reshape(num_rows * seq_len, -1)
-        core = self.fast_core.with_masks(x_TD.device) if self.training else self.fast_core
+        core = self.fast_core.for_pass(x_TD.device, drops=self.training)
         weights = core.parameters()
         if torch.is_grad_enabled() and (x_TD.requires_grad or weights):
             y_TD = _DecoderLayerFunction.apply(x_TD, core, call, *weights)  # type: ignore[no-untyped-call]

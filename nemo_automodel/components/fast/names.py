@@ -26,6 +26,17 @@ class Adapter:
     lora_A: nn.Linear
     lora_B: nn.Linear
     scaling: float
+    owner: nn.Module | None = None
+    """With DoRA, the module that holds ``lora_magnitude_vector``, the lengths of the rows."""
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's row lengths ``[N]``, None without it."""
+        if self.owner is None:
+            return None
+        vector = self.owner.lora_magnitude_vector
+        assert isinstance(vector, nn.Parameter)
+        return vector
 
     @property
     def rank(self) -> int:

@@ -168,12 +168,21 @@ class WeightStore:
         return [_Steps.count, *(number for weight in weights for number in (weight.data_ptr(), weight._version))]
 
     def parameters(self) -> list[torch.Tensor]:
-        """Return A and B of every adapter, in the order of `adapter_grads`."""
+        """Return A, B and, with DoRA, the row lengths of every adapter, in the order of `adapter_grads`."""
         return self._weights if self.is_fresh else self._find_parameters()
 
     def _find_parameters(self) -> list[torch.Tensor]:
         adapters: list[Adapter] = [slot.adapter for slot in self.slots if slot.adapter is not None]
-        return [module.weight for adapter in adapters for module in (adapter.lora_A, adapter.lora_B)]
+        found = []
+        for adapter in adapters:
+            magnitude = adapter.magnitude
+            found += [adapter.lora_A.weight, adapter.lora_B.weight, *(() if magnitude is None else (magnitude,))]
+        return found
+
+    @property
+    def adapters_seen(self) -> list[int]:
+        """A list that is another object whenever the adapters have changed."""
+        return self._adapters_seen
 
     # Buffers and products of low rank.
 
