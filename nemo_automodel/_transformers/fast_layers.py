@@ -247,6 +247,7 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
         "the layers are compiled instead": request.is_compiled,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
         "DoRA with dropout is not on the fast path yet": peft is not None and peft.use_dora and peft.dropout > 0,
+        "DoRA needs the weights in 16 bits or more": peft is not None and peft.use_dora and request.fp8 is not None,
         f"`attn_implementation: {attention}` was asked for": request.asks_attention and attention != "sdpa",
     }
     return next((reason for reason, applies in reasons.items() if applies), None)

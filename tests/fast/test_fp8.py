@@ -250,6 +250,14 @@ def test_what_fast_layers_cannot_do_is_an_error(tmp_path):
     assert str(refused.value) == (
         "`fp8.enabled: true` needs the fast layers, but `gate_proj` has a bias. Set it to false."
     )
+    dora = PeftConfig(target_modules="*_proj", dim=2, use_dora=True)
+    with pytest.raises(UserError) as refused:
+        NeMoAutoModelForCausalLM.from_pretrained(
+            str(make_model_dir(tmp_path / "plain")), peft_config=dora, fp8_config={"enabled": True, "emulate": True}
+        )
+    assert str(refused.value) == (
+        "`fp8.enabled: true` needs the fast layers, but DoRA needs the weights in 16 bits or more. Set it to false."
+    )
 
 
 def test_a_machine_without_such_products_is_told_so():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nemo_automodel.components.fast.weight_store import WeightStore
+from nemo_automodel.kernels.fp8 import Rounded
 from nemo_automodel.kernels.lora import Update
 
 _CHUNK_ROWS = 2048
@@ -79,17 +80,19 @@ class Rescaled:
         y_TM[:, : self.store.num_out].mul_(scale_N)
         return y_TM
 
-    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None) -> torch.Tensor:
         """Return the outputs; see `WeightStore.forward`."""
-        return self._scaled_(self.store.forward(x_TM, low_TR))
+        return self._scaled_(self.store.forward(x_TM, low_TR, rounded))
 
     def pending(self, low_TR: torch.Tensor | None) -> Update | None:
         """Return None: what is scaled must be complete."""
         return None
 
-    def forward_pending(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+    def forward_pending(
+        self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None
+    ) -> torch.Tensor:
         """Return the outputs, complete."""
-        return self.forward(x_TM, low_TR)
+        return self.forward(x_TM, low_TR, rounded)
 
     def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
         """Return residual + outputs."""
