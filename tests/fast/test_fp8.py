@@ -17,6 +17,7 @@ from nemo_automodel._transformers import fp8_base
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
 from nemo_automodel._transformers.fp8_base import Fp8Plan
 from nemo_automodel._transformers.kernel_choice import KernelRequest, measured_table
+from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
 from nemo_automodel.components.fast.fp8_linear import Fp8Linear
 from nemo_automodel.components.fast.fp8_store import Fp8Scheme, Fp8Store
