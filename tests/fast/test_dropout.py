@@ -14,8 +14,11 @@ from nemo_automodel.components.fast import dropout as fast_dropout
 from nemo_automodel.components.fast.fp8_store import Fp8Store
 from nemo_automodel.components.fast.linear import InPlaceStore
 from nemo_automodel.components.fast.names import GROUPS, Adapter, Slot
+from nemo_automodel.components.fast.nf4_store import Nf4Fp8Store, Nf4Store
 from nemo_automodel.components.fast.weight_store import DenseStore
+from nemo_automodel.components.quantization.linear4bit import Linear4bit
 from nemo_automodel.components.training.rng import StatefulRNG
+from nemo_automodel.kernels import nf4
 from nemo_automodel.kernels.dropout import Dropout
 
 TOLERANCE = 1e-11
@@ -84,20 +87,22 @@ def test_ranks_and_scales(position, settings):
 
 
 @pytest.mark.parametrize("position", ["pre", "post"])
-@pytest.mark.parametrize("make", [DenseStore, InPlaceStore, Fp8Store])
+@pytest.mark.parametrize("make", [DenseStore, InPlaceStore, Fp8Store, Nf4Store, Nf4Fp8Store])
 def test_every_store_leaves_the_adapters_to_the_masks(make, position):
     """Whatever a store makes of its weights, the masked share comes on top of what it gives without adapters."""
     torch.manual_seed(0)
-    linear = nn.Linear(32, 48, bias=False).requires_grad_(False)
-    adapter = Adapter(nn.Linear(32, 4, bias=False), nn.Linear(4, 48, bias=False), 1.5)
+    linear = nn.Linear(64, 48, bias=False).requires_grad_(False)
+    if make in (Nf4Store, Nf4Fp8Store):
+        linear = Linear4bit.pack(linear, nf4.quantize(linear.weight.data), torch.float32, torch.uint8)
+    adapter = Adapter(nn.Linear(64, 4, bias=False), nn.Linear(4, 48, bias=False), 1.5)
     store = make([Slot("o_proj", linear, adapter)])
     store.prepare()
     dropped = fast_dropout.AdapterDropout(0.4, position).over(store, torch.tensor([77]), 2)
-    x, dy, residual = torch.randn(10, 32), torch.randn(10, 48), torch.randn(10, 48)
+    x, dy, residual = torch.randn(10, 64), torch.randn(10, 48), torch.randn(10, 48)
     x_TM, dy_TM = store.input_buffer(10), store.output_buffer(10)
-    x_TM[:, :32], dy_TM[:, :48] = x, dy
-    a, b, ones = adapter.lora_A.weight.detach(), 1.5 * adapter.lora_B.weight.detach(), torch.ones(10, 48)
-    over_x, over_y = ones[:, :32], ones
+    x_TM[:, :64], dy_TM[:, :48] = x, dy
+    a, b, ones = adapter.lora_A.weight.detach(), 1.5 * adapter.lora_B.weight.detach(), torch.ones(10, 64)
+    over_x, over_y = ones, ones[:, :48]
     if position == "pre":
         over_x = Dropout(torch.tensor([77]), 8, 0.4).apply(over_x)
     else:
