@@ -554,7 +554,7 @@ def read_case(case: str) -> tuple[str, type[WeightStore], Choices, AdapterDropou
     ``dropout=0.1`` and ``position=pre`` (post without it) are choices too, also of ``plain``.
     """
     path, _, rest = case.partition(":")
-    values = {name: value for name, _, value in (part.partition("=") for part in rest.split(";") if part)}
+    values = {name: value for name, _, value in (part.partition("=") for part in re.split("[;,]", rest) if part)}
     probability, position = float(values.pop("dropout", 0)), values.pop("position", "post")
     scheme = Fp8Scheme(
         by_rows=bool(int(values.pop("by_rows", 1))),
