@@ -185,7 +185,7 @@ class _EmulatedStore(Nf4Store):
         quantized, scales = quantize_rows(x)
         return quantized.float() * scales
 
-    def forward(self, x_TM, low_TR):
+    def forward(self, x_TM, low_TR, rounded=None):
         weight = torch.cat([w for w, _ in self._rounded_weights()])
         y = self._rounded(x_TM[:, : self.num_in].contiguous()) @ weight.t()
         y = y if low_TR is None else y + low_TR @ self._b_NR.t()
