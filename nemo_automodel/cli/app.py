@@ -25,6 +25,7 @@ __all__ = ["main", "run_safely"]
 TOOLS = {
     "generate": "generate",
     "chat": "chat",
+    "merge": "merge",
     "inspect": "inspect",
     "plan": "plan",
     "report": "report",
