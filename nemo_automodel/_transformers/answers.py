@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.merge import Adapter, fetch_model
@@ -115,7 +115,7 @@ class Loading:
     def with_adapter(self, adapter: Adapter, quantization: QuantizationConfig | None) -> PreTrainedModel:
         """Load an adapter on its base, which is stored in 4 or 8 bits where ``quantization`` says so."""
         if adapter.needs_peft:
-            return self._with_peft(adapter)
+            return self.with_peft(adapter)
         own = adapter.directory / AUTOMODEL_PEFT_CONFIG
         tensors = read_adapter_weights(adapter.directory)
         peft_config = config_from_adapter(adapter.config, read_json(own) if own.is_file() else {}, tensors)
@@ -126,7 +126,7 @@ class Loading:
         load_adapter_state_dict(model, tensors)
         return model.requires_grad_(False)
 
-    def _with_peft(self, adapter: Adapter) -> PreTrainedModel:
+    def with_peft(self, adapter: Adapter) -> PreTrainedModel:
         """Load an adapter with embeddings or rows of them through PEFT, which is its definition."""
         peft = require("peft", "Comparing an adapter that has more than linear layers")
         model = self.whole(fetch_model(adapter.base))
@@ -140,6 +140,8 @@ class Loading:
     def gguf(self, file: Path, config_directory: Path) -> PreTrainedModel:
         """Read a GGUF file back through Transformers, with the configuration that it was made from."""
         config = load_config(str(config_directory), self.trust_remote_code, {}, {})
+        if config.model_type == "mistral":  # a GGUF file calls it llama, whose computation it is
+            config = LlamaConfig(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
         with readable_errors(str(file)):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), gguf_file=file.name, config=config, dtype=self.dtype

@@ -26,6 +26,7 @@ TOOLS = {
     "generate": "generate",
     "chat": "chat",
     "merge": "merge",
+    "export": "export",
     "inspect": "inspect",
     "plan": "plan",
     "report": "report",

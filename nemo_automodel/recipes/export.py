@@ -89,9 +89,7 @@ def write_whole(
     return None
 
 
-def certify_whole(
-    trained: Trained, directory: Path, certificate: Certificate, read_back: Callable[[], Any], tokenizer: Any
-) -> None:
+def certify_whole(trained: Trained, certificate: Certificate, read_back: Callable[[], Any], tokenizer: Any) -> None:
     """Let the written model answer, and add what comes out to the certificate."""
     kind = certificate.kind
     exported = ask(read_back, trained.probes)
@@ -139,27 +137,34 @@ def merge(path: str, out: Path, wishes: Wishes) -> Certificate | None:
     return export_whole(source, out, wishes, "merged")
 
 
-def export_whole(source: Source, out: Path, wishes: Wishes, kind: str = "hf") -> Certificate | None:
-    """Write a Hugging Face directory with its certificate."""
+def export_whole(
+    source: Source, out: Path, wishes: Wishes, kind: str = "hf", add: Callable[[Path], None] | None = None
+) -> Certificate | None:
+    """Write a Hugging Face directory with its certificate; ``add`` writes more into it."""
     hide_bars_without_terminal()
     adapter = open_adapter(source, wishes)
     with new_directory(out) as part:
         trained = ask_trained(source, wishes, adapter) if wishes.is_certified else None
         is_rounded = trained.is_rounded if trained is not None else wishes.merge_into == "rounded"
-        if trained is not None and len(trained.losses) > 2:
-            _print_choice(trained, wishes)
+        if trained is not None:
+            print_choice(trained, wishes)
         report = write_whole(source, part, wishes, adapter, is_rounded)
+        if add is not None:
+            add(part)
         certificate = None
         if trained is not None:
             certificate = new_certificate(source, trained, kind, stored_dtype(part))
             certificate.notes += _notes(report, is_rounded)
             tokenizer = NeMoAutoTokenizer.from_pretrained(str(part), trust_remote_code=wishes.trust_remote_code)
-            certify_whole(trained, part, certificate, lambda: trained.loading.whole(part), tokenizer)
+            certify_whole(trained, certificate, lambda: trained.loading.whole(part), tokenizer)
         finish(certificate, part)
     return certificate
 
 
-def _print_choice(trained: Trained, wishes: Wishes) -> None:
+def print_choice(trained: Trained, wishes: Wishes) -> None:
+    """Print the held-out losses that decide between the two bases of a QLoRA adapter."""
+    if len(trained.losses) <= 2:
+        return
     for name, loss in trained.losses.items():
         print(f"  held-out loss {loss:.4f}  {name}")
     base = "the rounded base" if trained.is_rounded else "the full base"

@@ -167,8 +167,10 @@ def _validation_rows(source: Source, settings: RunSettings) -> list[Probe]:
     return probes[:MAX_ROWS]
 
 
-def ask_trained(source: Source, wishes: Wishes, adapter: Adapter | None) -> Trained:
+def ask_trained(source: Source, wishes: Wishes, adapter: Adapter | None, keeps_choice: bool = True) -> Trained:
     """Load the trained model and its base, one after the other, and let them answer the held-out rows.
+
+    ``keeps_choice`` False looks at the full-precision base alone, where an adapter is not merged.
 
     Raises:
         UserError: something cannot be loaded, or does not fit in memory.
@@ -185,7 +187,7 @@ def ask_trained(source: Source, wishes: Wishes, adapter: Adapter | None) -> Trai
     answers, base = _ask_adapter(loading, adapter, None, probes)
     losses = {"base": base.loss, "trained": answers.loss}
     trained = Trained(answers, base, losses, probes, prompts, loading, tokenizer)
-    if quantization is None:
+    if quantization is None or not keeps_choice:
         if wishes.merge_into == "rounded":
             raise UserError(
                 "`--merge-into rounded` is for adapters that were trained on a 4- or 8-bit base, and this run's "
