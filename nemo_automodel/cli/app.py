@@ -27,6 +27,7 @@ TOOLS = {
     "chat": "chat",
     "merge": "merge",
     "export": "export",
+    "push": "push",
     "inspect": "inspect",
     "plan": "plan",
     "report": "report",

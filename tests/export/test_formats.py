@@ -143,7 +143,7 @@ def test_what_gguf_cannot_hold(tmp_path: Path, model_dirs, runs, capsys) -> None
     assert export(model_dirs("gemma3"), tmp_path / "g", "--to", "gguf") == 2
     assert "Models of type `gemma3_text` cannot be written as GGUF" in capsys.readouterr().err
     tokenizer = split_tokenizer(r"\w+|\W+")
-    with pytest.raises(UserError, match="llama.cpp has no name for"):
+    with pytest.raises(UserError, match=r"llama\.cpp has no name for"):
         gguf_tokenizer.vocabulary_of(tokenizer, 470)
     assert not (tmp_path / "g").exists()
     assert not list(tmp_path.glob(".merged-*"))

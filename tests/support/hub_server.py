@@ -184,9 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None or not self._has(repo, revision):
             return
         siblings = [{"rfilename": path} for path in sorted(repo.files)]
-        self._json(
-            {"id": name, "sha": repo.commits[-1], "private": repo.private, "siblings": siblings, "tags": []}
-        )
+        self._json({"id": name, "sha": repo.commits[-1], "private": repo.private, "siblings": siblings, "tags": []})
 
     def tree(self, kind: str, name: str, revision: str, path: str = "") -> None:
         repo = self._repo(kind, name)
@@ -246,7 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.token:
             self._refuse(401, "Invalid username or password.")
         else:
-            self._refuse(403, "You don't have the rights to create a model under the namespace \"tester\"")
+            self._refuse(403, 'You don\'t have the rights to create a model under the namespace "tester"')
         return False
 
     def create(self) -> None:

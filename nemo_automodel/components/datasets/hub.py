@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from nemo_automodel.shared.errors import UserError, did_you_mean
+from nemo_automodel.shared.hub_errors import explain_refusal
 
 if TYPE_CHECKING:
     import datasets
@@ -47,13 +48,14 @@ def _load(repo: str, split_names: list[str], config: str | None, options: dict[s
         try:
             found = datasets.load_dataset(repo, config, split=split or None, **options)
         except datasets.exceptions.DatasetNotFoundError as error:
-            raise UserError(_not_found(repo, str(error))) from error
+            raise UserError(explain_refusal(repo, error, "data set") or _not_found(repo, str(error))) from error
         except (ConnectionError, HfHubHTTPError) as error:
-            raise UserError(_unreachable(repo)) from error
+            raise UserError(explain_refusal(repo, error, "data set") or _unreachable(repo)) from error
         except (ValueError, RuntimeError) as error:
             raise UserError(_bad_request(repo, split, config, str(error))) from error
         except OSError as error:
-            raise UserError(f"Loading the Hub data set `{repo}` failed: {_first_line(error)}.") from error
+            failed = f"Loading the Hub data set `{repo}` failed: {_first_line(error)}."
+            raise UserError(explain_refusal(repo, error, "data set") or failed) from error
         if isinstance(found, dict):
             if len(found) > 1:
                 raise UserError(f"`{repo}` has several splits; name one. Splits there: {', '.join(found)}.")
