@@ -186,6 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(repo.files)]
         self._json({"id": name, "sha": repo.commits[-1], "private": repo.private, "siblings": siblings, "tags": []})
 
+    def auth_check(self, kind: str, name: str) -> None:
+        if self._repo(kind, name) is not None:
+            self._json({})
+
     def tree(self, kind: str, name: str, revision: str, path: str = "") -> None:
         repo = self._repo(kind, name)
         if repo is None or not self._has(repo, revision):
@@ -331,6 +335,7 @@ _ROUTES = [
     ("POST", f"/api/{_KIND}/{_NAME}/commit/(?P<revision>[^/]+)", _Handler.commit),
     ("GET", f"/api/{_KIND}/{_NAME}/tree/(?P<revision>[^/]+)/?(?P<path>.*)", _Handler.tree),
     ("GET", f"/api/{_KIND}/{_NAME}/revision/(?P<revision>[^/]+)", _Handler.info),
+    ("GET", f"/api/{_KIND}/{_NAME}/auth-check", _Handler.auth_check),
     ("GET", f"/api/{_KIND}/{_NAME}", _Handler.info),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]+)", _Handler.lfs_put),
