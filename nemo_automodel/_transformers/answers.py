@@ -122,7 +122,7 @@ class Loading:
         options = self._options(peft_config=peft_config)
         if quantization is not None:
             options["quantization_config"] = quantization
-        model = NeMoAutoModelForCausalLM.from_pretrained(adapter.base, **options)
+        model = NeMoAutoModelForCausalLM.from_pretrained(str(fetch_model(adapter.base)), **options)
         load_adapter_state_dict(model, tensors)
         return model.requires_grad_(False)
 

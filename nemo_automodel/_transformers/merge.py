@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers.model_files import ADAPTER_CONFIG, read_adapter_weights
@@ -105,17 +106,24 @@ def read_adapter(directory: Path, base: str | None = None) -> Adapter:
 
 
 def fetch_model(name: str) -> Path:
-    """Return the directory of a model, downloaded into the Hugging Face cache where it is a Hub name.
+    """Return the directory of a model; of a Hub name the copy in the Hugging Face cache, downloaded where it is none.
+
+    A copy that is there is taken without asking the Hub: it is the one that was trained on.
 
     Raises:
         UserError: no such model, or the Hub's reasons.
     """
     name = resolve_source(name)
-    if not Path(name).is_dir():
+    if Path(name).is_dir():
+        check_local_model(Path(name))
+        return Path(name)
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+        check_local_model(cached)
+    except (LocalEntryNotFoundError, HFValidationError, UserError):
         with readable_errors(name):
             return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
-    check_local_model(Path(name))
-    return Path(name)
+    return cached
 
 
 def merge_adapter(

@@ -177,7 +177,7 @@ def ask_trained(source: Source, wishes: Wishes, adapter: Adapter | None, keeps_c
     """
     tokenizer_source = source.directory
     if not (source.directory / "tokenizer_config.json").is_file() and adapter is not None:
-        tokenizer_source = Path(adapter.base)
+        tokenizer_source = fetch_model(adapter.base)
     tokenizer = NeMoAutoTokenizer.from_pretrained(str(tokenizer_source), trust_remote_code=wishes.trust_remote_code)
     probes, prompts = held_out(source, tokenizer)
     if adapter is None:
