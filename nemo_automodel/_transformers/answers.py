@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nemo_automodel.components._peft.adapter_state import config_from_adapter, l
 from nemo_automodel.components.export.certificate import Answers
 from nemo_automodel.components.export.weight_files import list_tensors
 from nemo_automodel.components.quantization.config import QuantizationConfig
+from nemo_automodel.shared.dtypes import dtype_name
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import require
 from nemo_automodel.shared.types import IGNORE_INDEX
@@ -121,7 +122,10 @@ class Loading:
         peft_config = config_from_adapter(adapter.config, read_json(own) if own.is_file() else {}, tensors)
         options = self._options(peft_config=peft_config)
         if quantization is not None:
-            options["quantization_config"] = quantization
+            # the rounding of the weights is what counts, not that of the computation
+            options["quantization_config"] = replace(
+                quantization, bnb_4bit_compute_dtype=dtype_name(self.dtype), compute_in_fp8=False
+            )
         model = NeMoAutoModelForCausalLM.from_pretrained(str(fetch_model(adapter.base)), **options)
         load_adapter_state_dict(model, tensors)
         return model.requires_grad_(False)

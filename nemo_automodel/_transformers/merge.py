@@ -69,7 +69,7 @@ class Adapter:
         return any(
             update.whole is not None or update.rows is not None or name.endswith("embed_tokens.weight")
             for name, update in self.updates.items()
-        ) or bool(self.config.get("rank_pattern") or self.config.get("alpha_pattern"))
+        )
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def readable_errors(name: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"A weight file of `{name}` is damaged ({error}). Download it again.") from error
-    except (*hub_errors.transport_errors(), HFValidationError) as error:
+    except hub_errors.transport_errors(HFValidationError) as error:
         # a UserError is a ValueError, so it never lands here
         raise UserError(_explain(name, error)) from error
 

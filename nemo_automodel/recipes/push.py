@@ -99,7 +99,7 @@ def licence_of(base: str | None) -> str | None:
     local = Path(resolve_source(base)) / README
     try:
         card = ModelCard.load(local if local.is_file() else base) if local.is_file() or public_name(base) else None
-    except (*transport_errors(), ValueError) as error:
+    except transport_errors(ValueError) as error:
         logger.info("The licence of %s is not known: its model card cannot be read (%s).", base, type(error).__name__)
         return None
     found = card.data.license if card is not None else None

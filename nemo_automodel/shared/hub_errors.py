@@ -44,11 +44,12 @@ def causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def transport_errors() -> tuple[type[Exception], ...]:
-    """Return what the client raises when a request fails: its answers are both, a dead network is the second alone."""
+def transport_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return what the client raises when a request fails, and ``more``: answers are both, a dead network the second alone."""
     from huggingface_hub import errors
 
-    return (OSError, errors.HTTPError)  # httpx's, under whatever name the client's version imports it
+    # httpx's, under whatever name the client's version imports it
+    return (OSError, errors.HTTPError, *more)  # type: ignore[attr-defined]
 
 
 def explain(name: str, error: BaseException, kind: str = "model") -> str | None:
