@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
@@ -125,6 +127,8 @@ def _gguf(source: Source, out: Path, kind: str, wishes: Wishes, gguf_type: str) 
     if wishes.is_certified:
         require("accelerate", "Reading a GGUF file back")
     adapter = open_adapter(source, wishes)
+    if adapter is not None and wishes.dtype is None and gguf_type in ("f16", "f32"):
+        wishes = replace(wishes, dtype=torch.float32)  # finer than bf16, so the merge must not round to that first
     with new_directory(out) as part:
         trained = ask_trained(source, wishes, adapter) if wishes.is_certified else None
         is_rounded = trained.is_rounded if trained is not None else wishes.merge_into == "rounded"

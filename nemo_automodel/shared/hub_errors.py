@@ -45,7 +45,10 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def transport_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return what the client raises when a request fails, and ``more``: answers are both, a dead network the second alone."""
+    """Return what the client raises when a request fails, and ``more``.
+
+    Answers of the Hub are of both types, a dead network of the second alone.
+    """
     from huggingface_hub import errors
 
     # httpx's, under whatever name the client's version imports it

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -260,6 +263,20 @@ def load_quantised(checkpoint: Path):
 
     loading = Loading(torch.device("cpu"), torch.float32)
     return loading.with_adapter(read_adapter(checkpoint / "model"), QuantizationConfig(load_in_4bit=True)), loading
+
+
+def test_the_older_spelling(runs, tmp_path: Path) -> None:
+    """`tools/merge_lora.py -m BASE -a ADAPTER -o OUT` as a program."""
+    adapter = runs("lora") / "model"
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    root = Path(__file__).resolve().parents[2]
+    words = ["-m", base, "-a", str(adapter), "-o", str(tmp_path / "m"), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(root / "tools/merge_lora.py"), *words],
+        env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert check_certificate(tmp_path / "m")["kind"] == "merged"
 
 
 def test_mistakes(runs, tmp_path: Path, capsys) -> None:
