@@ -44,7 +44,7 @@ def find_model_directory(path: str | Path) -> str:
     return str(path)
 
 
-def _checkpoint_of(directory: Path) -> Path | None:
+def checkpoint_of(directory: Path) -> Path | None:
     """Return the checkpoint that a directory of model files belongs to, None where it stands alone."""
     folder = directory.parent if directory.name == "consolidated" else directory
     is_part = folder.name == MODEL_DIR and (folder.parent / SCHEDULE_FILE).is_file()
@@ -68,7 +68,7 @@ def load_for_inference(
     """
     hide_bars_without_terminal()
     directory = find_model_directory(path)
-    checkpoint = _checkpoint_of(Path(directory))
+    checkpoint = checkpoint_of(Path(directory))
     if checkpoint is not None:
         verify(checkpoint, (f"{MODEL_DIR}/", f"{MODEL_DCP_DIR}/"))
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "torch_dtype": dtype or "auto"}

@@ -16,20 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import disable_progress_bars as disable_datasets_bars
-from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
+from nemo_automodel.shared import hub_errors
 from nemo_automodel.shared.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -213,50 +205,15 @@ def readable_errors(name: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"A weight file of `{name}` is damaged ({error}). Download it again.") from error
-    except (OSError, HFValidationError) as error:
+    except hub_errors.transport_errors(HFValidationError) as error:
         # a UserError is a ValueError, so it never lands here
         raise UserError(_explain(name, error)) from error
 
 
 def _explain(name: str, error: Exception) -> str:
-    chain = _causes(error)
-
-    def is_about(*types: type[Exception]) -> bool:
-        return any(isinstance(item, types) for item in chain)
-
-    if is_about(GatedRepoError):
-        return (
-            f"`{name}` is gated: its owner grants access by hand. Ask for it at the model's page, run `hf auth login`, "
-            "then start again."
-        )
-    if is_about(RevisionNotFoundError):
-        return f"`{name}` has no such revision. Check `model.revision`."
-    if is_about(RepositoryNotFoundError):
-        return (
-            f"`{name}` is neither a directory here nor a model on the Hugging Face Hub. Check the spelling; if it is "
-            "private, run `hf auth login`."
-        )
-    if is_about(OfflineModeIsEnabled) or (hub_constants.HF_HUB_OFFLINE and is_about(LocalEntryNotFoundError)):
-        return (
-            f"`{name}` is neither a directory here nor in the Hugging Face cache, and HF_HUB_OFFLINE forbids to look "
-            "further. Give a directory, or unset HF_HUB_OFFLINE."
-        )
-    if is_about(LocalEntryNotFoundError, HfHubHTTPError, ConnectionError):
-        return (
-            f"`{name}` is not in the Hugging Face cache and the Hub cannot be reached. Check the network, or give a "
-            "local directory."
-        )
-    if is_about(HFValidationError):
-        return f"`{name}` is neither a directory here nor a possible Hub name (owner/model). Check the spelling."
-    if is_about(PermissionError):
+    hub = hub_errors.explain(name, error)
+    if hub is not None:
+        return hub
+    if any(isinstance(item, PermissionError) for item in hub_errors.causes(error)):
         return f"`{name}` cannot be read: {error}. Check the permissions."
     return f"`{name}` cannot be loaded: {' '.join(str(error).split())}"
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    return chain

@@ -152,7 +152,7 @@ def load_packed(
     """
     report: dict[str, Any] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     tensors = model.state_dict(keep_vars=True)
-    wanted = {} if files.states else _linears_to_pack(model, four_bit)  # files decide what they have packed
+    wanted = {} if files.states else linears_to_pack(model, four_bit)  # files decide what they have packed
     names = []
     for name, stored in files.weights.items():
         if name not in tensors:
@@ -184,7 +184,7 @@ def load_packed(
 def build_packed(model: PreTrainedModel, blueprint: Blueprint, four_bit: FourBit) -> PreTrainedModel:
     """Fill a model from `build_empty` with random codes, and with random weights where it is not packed."""
     std = model.config.get_text_config().initializer_range
-    for layer in _linears_to_pack(model, four_bit).values():
+    for layer in linears_to_pack(model, four_bit).values():
         shape = (layer.out_features, layer.in_features)
         packed = random_packed(shape, std, blueprint.device, four_bit.quant_type, four_bit.is_nested)
         packed_layer = Linear4bit.pack(layer, packed, four_bit.compute_dtype, four_bit.storage_dtype)
@@ -204,7 +204,8 @@ def build_packed(model: PreTrainedModel, blueprint: Blueprint, four_bit: FourBit
     return model
 
 
-def _linears_to_pack(model: PreTrainedModel, four_bit: FourBit) -> dict[str, nn.Linear]:
+def linears_to_pack(model: PreTrainedModel, four_bit: FourBit) -> dict[str, nn.Linear]:
+    """Return the layers that are packed, by name: all linear ones but the output head and those to skip."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return {
         name: module

@@ -25,6 +25,9 @@ __all__ = ["main", "run_safely"]
 TOOLS = {
     "generate": "generate",
     "chat": "chat",
+    "merge": "merge",
+    "export": "export",
+    "push": "push",
     "inspect": "inspect",
     "plan": "plan",
     "report": "report",

@@ -324,6 +324,23 @@ def test_help_and_errors_are_quick(run_yaml: Path):
     assert error_s < 2.0
 
 
+def test_playbook_out_of_memory_during_training(capsys: pytest.CaptureFixture[str]):
+    import torch
+
+    words = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.1 is free"
+    )
+    assert run_safely(raising(torch.OutOfMemoryError(words)), debug=False) == 2
+    assert capsys.readouterr().err == (
+        "error: The GPU has no memory left for another 2.00 GiB. Make the run smaller: "
+        "--step_scheduler.local_batch_size 1, --distributed.activation_checkpointing full, a smaller "
+        "--packed_sequence.packed_sequence_size, or 4 bits (`quantization`); `automodel plan` says what fits, "
+        "`automodel doctor` who else holds memory. The last checkpoint is whole.\n"
+    )
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_safely(raising(RuntimeError("shapes differ")), debug=False)
+
+
 def raising(error: BaseException) -> Any:
     def function() -> None:
         raise error

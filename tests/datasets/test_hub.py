@@ -6,6 +6,7 @@ import datasets
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
+from nemo_automodel.components.datasets import hub
 from nemo_automodel.components.datasets.sources import load_rows
 from nemo_automodel.shared.errors import UserError
 
@@ -51,7 +52,8 @@ def test_offline_for_real(monkeypatch: pytest.MonkeyPatch):
             ConnectionError("Couldn't reach 'o/d' on the Hub (ConnectError)"),
             "the Hub cannot be reached. Check the network",
         ),
-        (OSError("No space left on device"), "`o/d` failed: No space left on device."),
+        (OSError("Invalid file"), "`o/d` failed: Invalid file."),
+        (OSError(28, "No space left on device"), "`o/d` does not fit on the disk: No space left on device in "),
     ],
 )
 def test_errors(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str):
@@ -61,6 +63,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str)
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "_refusal", lambda repo, error: None)  # would ask the Hub
     with pytest.raises(UserError) as caught:
         load_rows("o/d", "trian", "koo")
     assert message in str(caught.value)

@@ -300,7 +300,7 @@ def test_hub_names_without_a_network():
         ("GatedRepoError", "is gated"),
         ("RepositoryNotFoundError", "nor a model on the Hugging Face Hub"),
         ("RevisionNotFoundError", "has no such revision"),
-        ("HfHubHTTPError", "cannot be reached"),
+        ("HfHubHTTPError", "refuses `a/b` (403 Forbidden): the token may not read it"),
     ],
 )
 def test_what_the_hub_answers_is_told_by_its_type(kind, words):

@@ -115,7 +115,7 @@ def config_from_adapter(
         if adapter_config.get(key):
             raise UserError(
                 f"The adapter sets `{key}` in adapter_config.json, which this version cannot read. "
-                "Merge it into its base with PEFT first."
+                "Merge it into its base first: automodel merge, or PEFT."
             )
     if adapter_config.get("peft_type") != "LORA" or adapter_config.get("bias", "none") != "none":
         raise UserError(

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ from nemo_automodel.components._peft.module_matcher import check_exceptions, sel
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import ConfigError, UserError
 
-__all__ = ["LinearLoRA", "PeftConfig", "apply_lora", "lora_layers"]
+__all__ = ["LinearLoRA", "PeftConfig", "adapters_off", "apply_lora", "lora_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +146,20 @@ def _has_plain_weight(layer: nn.Linear) -> bool:
 def lora_layers(model: nn.Module) -> dict[str, LinearLoRA]:
     """Return every layer with an adapter, by dotted name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LinearLoRA)}
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let every layer compute what it computes without its adapter, for a while."""
+    layers = list(lora_layers(model).values())
+    kept = [(layer._scaling, layer.lora_magnitude_vector) for layer in layers]
+    for layer in layers:
+        layer._scaling, layer.lora_magnitude_vector = 0.0, None
+    try:
+        yield
+    finally:
+        for layer, (scaling, magnitude) in zip(layers, kept, strict=True):
+            layer._scaling, layer.lora_magnitude_vector = scaling, magnitude
 
 
 def apply_lora(model: PreTrainedModel, cfg: PeftConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,19 @@ _DISK_ERRORS = {
     errno.EROFS: "the file system is read-only. Choose another directory",
 }
 
+_OUT_OF_MEMORY = (
+    "The GPU has no memory left{wanted}. Make the run smaller: --step_scheduler.local_batch_size 1, "
+    "--distributed.activation_checkpointing full, a smaller --packed_sequence.packed_sequence_size, or 4 bits "
+    "(`quantization`); `automodel plan` says what fits, `automodel doctor` who else holds memory. The last checkpoint "
+    "is whole."
+)
+
 
 def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int:
     """Call ``function`` and return the exit status of the process.
 
-    A ``UserError``, a full disk or a missing permission prints ``error: …`` on one line of stderr and gives 2; Ctrl-C
-    gives 130; anything else is a defect and keeps its traceback.
+    A ``UserError``, a full disk, a missing permission or a full GPU prints ``error: …`` on one line of stderr and gives
+    2; Ctrl-C gives 130; anything else is a defect and keeps its traceback.
 
     Args:
         function: what to run; its result, if a whole number, is the status.
@@ -45,7 +53,17 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
         if shows_traceback or error.errno not in _DISK_ERRORS:
             raise
         return _report(f"`{error.filename or 'a file'}`: {_DISK_ERRORS[error.errno]}.")
+    except RuntimeError as error:
+        # torch's class, told by its name: most commands never import torch
+        if shows_traceback or type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _report(_OUT_OF_MEMORY.format(wanted=_wanted(str(error))))
     return status if isinstance(status, int) and not isinstance(status, bool) else 0
+
+
+def _wanted(message: str) -> str:
+    found = re.search(r"Tried to allocate ([\d.]+ \w+)", message)
+    return f" for another {found[1]}" if found else ""
 
 
 def _report(message: str) -> int:

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from nemo_automodel.shared.errors import UserError, did_you_mean
+from nemo_automodel.shared.hub_errors import explain_refusal, offline_switch, transport_errors
 
 if TYPE_CHECKING:
     import datasets
@@ -47,19 +48,34 @@ def _load(repo: str, split_names: list[str], config: str | None, options: dict[s
         try:
             found = datasets.load_dataset(repo, config, split=split or None, **options)
         except datasets.exceptions.DatasetNotFoundError as error:
-            raise UserError(_not_found(repo, str(error))) from error
+            raise UserError(_refusal(repo, error) or _not_found(repo, str(error))) from error
         except (ConnectionError, HfHubHTTPError) as error:
-            raise UserError(_unreachable(repo)) from error
+            raise UserError(explain_refusal(repo, error, "data set") or _unreachable(repo)) from error
         except (ValueError, RuntimeError) as error:
             raise UserError(_bad_request(repo, split, config, str(error))) from error
         except OSError as error:
-            raise UserError(f"Loading the Hub data set `{repo}` failed: {_first_line(error)}.") from error
+            failed = f"Loading the Hub data set `{repo}` failed: {_first_line(error)}."
+            raise UserError(explain_refusal(repo, error, "data set") or failed) from error
         if isinstance(found, dict):
             if len(found) > 1:
                 raise UserError(f"`{repo}` has several splits; name one. Splits there: {', '.join(found)}.")
             found = next(iter(found.values()))
         loaded.append(found)
     return loaded
+
+
+def _refusal(repo: str, error: Exception) -> str | None:
+    """Ask the Hub why it is closed; `datasets` hides the answer that it got."""
+    found = explain_refusal(repo, error, "data set")
+    if found is not None or offline_switch() is not None:
+        return found
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().auth_check(repo, repo_type="dataset")
+    except transport_errors() as reason:
+        return explain_refusal(repo, reason, "data set")
+    return None
 
 
 def _first_line(error: Exception) -> str:
