@@ -51,6 +51,12 @@ def as_plain_loss(loss_fn: object) -> PlainLoss | None:
     return None
 
 
+def tied_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Return the weight that is input embedding and output head in one, if there is one."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    return [embedding.weight] if head is not None and head.weight is embedding.weight else []
+
+
 def is_one_matrix(head: nn.Module) -> bool:
     """Tell whether a head is a weight without bias, adapter or packing."""
     return type(head) is nn.Linear and head.bias is None

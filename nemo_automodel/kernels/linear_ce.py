@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from nemo_automodel.kernels.jit import jit, runs_triton, tl
-from nemo_automodel.kernels.weight_grad import add_product_grad
+from nemo_automodel.kernels.weight_grad import add_product_grad, tell_complete
 
 CHUNK_ROWS = 2048
 _BLOCK = 4096
@@ -134,6 +134,8 @@ class _TrainedHeadLoss(torch.autograd.Function):
             weight.grad = grad_VD if weight.grad is None else weight.grad.add_(grad_VD)
         if grad_ND is not None:
             grad_ND.mul_(incoming.to(grad_ND.dtype))
+        if ctx.needs_input_grad[1]:
+            tell_complete([weight])
         return grad_ND, None, None, None, None, None
 
 

@@ -40,6 +40,13 @@ def add_grad(weights: Sequence[torch.Tensor], grad_N: torch.Tensor) -> None:
         packed_N.add_(grad_N)
 
 
+def tell_complete(weights: Sequence[torch.Tensor]) -> None:
+    """Run the hooks that wait for gradients to be complete, as automatic differentiation does after adding to one."""
+    for weight in weights:
+        for hook in list((weight._post_accumulate_grad_hooks or {}).values()):
+            hook(weight)
+
+
 def _packed_grad(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, bool]:
     """Return the gradients of ``weights`` as one tensor, and whether there were none: then it is not initialised."""
     grads = [weight.grad for weight in weights]

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nemo_automodel._transformers.fast_layers import kernel_table
 from nemo_automodel._transformers.forward import LossFn
 from nemo_automodel._transformers.fp8_base import write_report
+from nemo_automodel._transformers.frozen_head import tied_weights
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal
 from nemo_automodel.components.checkpoint.changes import changes_since, consequences
@@ -46,6 +47,7 @@ from nemo_automodel.components.distributed.mesh import build_mesh
 from nemo_automodel.components.loggers.log_utils import setup_logging
 from nemo_automodel.components.loggers.run_loggers import RunLoggers
 from nemo_automodel.components.loggers.run_record import extreme, points, read_run
+from nemo_automodel.components.optim.in_backward import StepInBackward
 from nemo_automodel.components.optim.optimizer import (
     ParamGroupOverride,
     build_optimizer,
@@ -66,6 +68,7 @@ from nemo_automodel.recipes.settings import effective_yaml, load_settings
 from nemo_automodel.recipes.sick_runs import SickRuns
 from nemo_automodel.recipes.utilisation import Utilisation
 from nemo_automodel.shared.dtypes import parse_dtype
+from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.types import Batch, Stateful, StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -203,6 +206,7 @@ class BaseRecipe:
         values = self.settings.optimizer.to_dict()
         target = targets.resolve(values.pop("_target_"), "optimizer._target_")
         self._optimizer_target: Callable[..., torch.optim.Optimizer] = target
+        self._steps_in_backward: bool = values.pop("in_backward", False)
         self._overrides: list[ParamGroupOverride] = parse_overrides(values.pop("param_group_overrides", None))
         self._optimizer_kwargs = prepare_kwargs(target, values)
 
@@ -238,6 +242,9 @@ class BaseRecipe:
 
     def _build_optimizer(self) -> None:
         self.optimizer = build_optimizer(self.model, self._optimizer_target, self._optimizer_kwargs, self._overrides)
+        self._in_backward: StepInBackward | None = None
+        if self._steps_in_backward:
+            self._in_backward = StepInBackward(self.optimizer, tied_weights(self.model))
         # walking through a model's modules takes a millisecond, so it is not done in every step
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         config = self.settings.lr_scheduler
@@ -359,12 +366,12 @@ class BaseRecipe:
             loss_value = grad_norm_value = 0.0
         else:
             self.sick_runs.begin(self.schedule.step - 1, self.schedule.epoch, batches)
-            loss = self.engine.forward_backward(batches, num_label_tokens)
-            grad_norm = clip_grad_norm(self._trainable, self.settings.max_grad_norm)
+            loss, grad_norm = self._gradients(batches, num_label_tokens)
             loss_value, grad_norm_value = torch.stack([loss, grad_norm]).tolist()  # the step's one device sync
+            self._check_in_backward(grad_norm_value)
             instead = self.sick_runs.judge(loss_value, grad_norm_value, num_label_tokens)
             self.checkpointer.wait_for_staging()  # a save in the background may still read the weights
-            if instead is None:
+            if instead is None and self._in_backward is None:
                 self.optimizer.step()
             elif instead == "rollback":
                 self._roll_back()
@@ -382,6 +389,29 @@ class BaseRecipe:
             tps=num_tokens / step_s,
             mfu=self.utilisation.mfu(batches, step_s),
         )
+
+    def _gradients(self, batches: Sequence[Batch], num_label_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss and the norm of the gradients; with `optimizer.in_backward` the weights are updated then."""
+        if self._in_backward is None:
+            loss = self.engine.forward_backward(batches, num_label_tokens)
+            return loss, clip_grad_norm(self._trainable, self.settings.max_grad_norm)
+        self.checkpointer.wait_for_staging()
+        self._in_backward.begin()
+        loss = self.engine.forward_backward(batches, num_label_tokens)
+        return loss, self._in_backward.finish()
+
+    def _check_in_backward(self, grad_norm: float) -> None:
+        """Stop where weights were updated before a gradient was found not to be finite.
+
+        Raises:
+            UserError: that is so.
+        """
+        if self._in_backward is not None and self._in_backward.has_updated and not math.isfinite(grad_norm):
+            raise UserError(
+                f"Step {self.schedule.step - 1} has gradients that are not finite below the output head, and "
+                "`optimizer.in_backward` had updated the weights above them by then. Start again from the last "
+                "checkpoint, without it or with a lower `optimizer.lr`."
+            )
 
     def _roll_back(self) -> None:
         """Take weights and optimizer back to the last checkpoint; the data and the count of steps go on."""

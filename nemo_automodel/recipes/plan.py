@@ -145,6 +145,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
         trainable_bytes=trainable_bytes,
         state_bytes=_state_bytes(settings, trainable_bytes, notes),
         is_full=settings.peft is None,
+        steps_in_backward=bool(settings.optimizer.get("in_backward")),
         recompute=settings.distributed.recompute_policy(),
         dropout=0.0 if settings.peft is None else float(settings.peft.get("dropout") or 0.0),
     ), notes

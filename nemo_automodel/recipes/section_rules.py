@@ -19,6 +19,7 @@ from nemo_automodel.components.datasets.config import DataCheckConfig, Dataloade
 from nemo_automodel.components.distributed.config import DistributedConfig
 from nemo_automodel.components.fast.config import parse_fast_layers, parse_kernels
 from nemo_automodel.components.quantization.config import FP8Config, QATSettings
+from nemo_automodel.components.training.config import StepSchedulerConfig
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
 from nemo_automodel.shared.imports import is_available, require
 
@@ -387,6 +388,26 @@ def check_optimizer_numbers(node: ConfigNode) -> None:
         value = conform(node, key, float, "optimizer")
         if value < 0:
             raise ConfigError(f"`optimizer.{key}` is {value:g}, but it cannot be negative. Use 0 or more.")
+
+
+def check_in_backward(optimizer: ConfigNode, steps: StepSchedulerConfig, max_grad_norm: float | None) -> None:
+    """Refuse ``optimizer.in_backward`` where a step needs all gradients at once.
+
+    Raises:
+        ConfigError: it is no boolean, steps have several micro-batches, or gradients are clipped.
+    """
+    if "in_backward" not in optimizer or not conform(optimizer, "in_backward", bool, "optimizer"):
+        return
+    if steps.local_batch_tokens is not None or steps.global_batch_size != steps.local_batch_size:
+        raise ConfigError(
+            "`optimizer.in_backward: true` updates weights in the backward pass, so a step has one micro-batch. Set "
+            "`step_scheduler.local_batch_size` to `step_scheduler.global_batch_size`, without `local_batch_tokens`."
+        )
+    if max_grad_norm is not None:
+        raise ConfigError(
+            "`optimizer.in_backward: true` never has all gradients at once, and clipping is by the norm of all. Set "
+            "`clip_grad_norm.max_norm: null`, or leave `in_backward` out."
+        )
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

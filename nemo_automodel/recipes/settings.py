@@ -123,6 +123,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
     notices += check_token_budget(step_scheduler, dataloader, packed_sequence, config)
     peft = _peft(config)
     checkpoint, is_default = _checkpoint(config, peft, validation_datasets, notices)
+    rules.check_in_backward(config["optimizer"], step_scheduler, _max_grad_norm(config))
     return RunSettings(
         config=config,
         notices=notices,
@@ -256,11 +257,13 @@ def _optimizer(config: ConfigNode) -> ConfigNode:
         node["_target_"] = optimizer_path(target)
     rules.check_installed(node)
     rules.check_optimizer_numbers(node)
-    overrides = node.get("param_group_overrides")
-    node.remove("param_group_overrides")  # ours, not the optimizer's
+    ours = {key: node.get(key) for key in ("param_group_overrides", "in_backward")}  # not the optimizer's
+    for key in ours:
+        node.remove(key)
     check_target(node, runtime=("params",))
-    if overrides is not None:
-        node["param_group_overrides"] = overrides
+    for key, value in ours.items():
+        if value is not None:
+            node[key] = value
     return node
 
 

@@ -94,6 +94,52 @@ def test_full_training(tmp_path, model_dirs, squad_dir, overrides, family):
     assert_same_run(plain, run(tmp_path, model_dirs(family), squad_dir, True, **common))
 
 
+IN_BACKWARD = {
+    "step_scheduler__local_batch_size": 4,
+    "clip_grad_norm__max_norm": None,
+    "optimizer__in_backward": True,
+}
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+def test_steps_in_the_backward_pass_are_the_same_steps(tmp_path, model_dirs, squad_dir, ties, fast):
+    common = {"peft": None, "step_scheduler__max_steps": 15, "optimizer__eps": 1e-4}
+    common["model__tie_word_embeddings"] = ties
+    usual = {**IN_BACKWARD, "optimizer__in_backward": False}
+    after = run(tmp_path, model_dirs("qwen2"), squad_dir, fast, "after", **common, **usual)
+    within = run(tmp_path, model_dirs("qwen2"), squad_dir, fast, "within", **common, **IN_BACKWARD)
+    assert_same_run(after, within)
+    norms = [
+        [json.loads(line)["grad_norm"] for line in (tmp_path / n / "run/training.jsonl").read_text().splitlines()]
+        for n in ("after", "within")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert all(p.grad is None for p in within[0].model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"step_scheduler__local_batch_size": 2},
+            "`optimizer.in_backward: true` updates weights in the backward pass, so a step has one micro-batch. Set "
+            "`step_scheduler.local_batch_size` to `step_scheduler.global_batch_size`, without `local_batch_tokens`.",
+        ),
+        (
+            {"clip_grad_norm__max_norm": 1.0},
+            "`optimizer.in_backward: true` never has all gradients at once, and clipping is by the norm of all. Set "
+            "`clip_grad_norm.max_norm: null`, or leave `in_backward` out.",
+        ),
+    ],
+)
+def test_steps_in_the_backward_pass_refuse_what_needs_all_gradients(tmp_path, squad_dir, changes, message):
+    config = recipe_config(tmp_path / "nowhere", squad_dir, tmp_path / "run", **{**IN_BACKWARD, **changes})
+    with pytest.raises(ConfigError) as refused:
+        load_settings(ConfigNode(config))
+    assert str(refused.value) == message
+
+
 def test_a_resumed_full_run_is_the_same_run(tmp_path, model_dirs, squad_dir):
     common = {"peft": None, "optimizer__eps": 1e-4}
     whole = run(tmp_path, model_dirs("qwen2"), squad_dir, True, "whole", step_scheduler__max_steps=8, **common)

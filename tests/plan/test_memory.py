@@ -145,5 +145,8 @@ def test_full_training_of_an_8b_fits_an_80_gb_card_with_all_state_in_16_bits():
     # gradients come while activations go, and are more
     alone = memory.peak(load.changed(grad_accum=1))
     assert alone.total / GIB == pytest.approx(59.83, abs=0.5)
+    released = memory.peak(load.changed(grad_accum=1, steps_in_backward=True))
+    assert released.trainable / GIB == pytest.approx(0.98, abs=0.01), "the embedding's, which is larger than a layer's"
+    assert released.total / GIB == pytest.approx(3 * 14.96 + 11.52 + 1.0, abs=0.3)
     plain = load.changed(plain=outline.run_plain(found, 1, 4096, "none"))
     assert memory.peak(plain).total > MACHINES["h100"].usable_bytes

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_automodel.kernels.weight_grad import tell_complete
+
 
 class _Embed(torch.autograd.Function):
     @staticmethod
@@ -33,6 +35,7 @@ class _Embed(torch.autograd.Function):
         if ctx.padding_idx is not None:
             sums_TD.masked_fill_((rows_T == ctx.padding_idx).unsqueeze(1), 0)
         weight.grad.index_add_(0, rows_T, sums_TD)
+        tell_complete([weight])
         return None, None, None
 
 

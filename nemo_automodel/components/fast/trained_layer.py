@@ -28,7 +28,7 @@ from nemo_automodel.kernels.norm import rms_norm, rms_norm_backward
 from nemo_automodel.kernels.norm_grad import head_norm_grads, norm_weight_grad
 from nemo_automodel.kernels.rope import rotate_qkv_backward
 from nemo_automodel.kernels.swiglu_lora import swiglu_lora_backward
-from nemo_automodel.kernels.weight_grad import add_grad, add_product_grad
+from nemo_automodel.kernels.weight_grad import add_grad, add_product_grad, tell_complete
 
 
 class TrainedStore(DenseStore):
@@ -91,18 +91,26 @@ class TrainedCore(DecoderCore):
         self, dy_TD: torch.Tensor, x_TD: torch.Tensor, call: _Call, saved: _Saved, wants_dx: bool
     ) -> tuple[torch.Tensor | None, list[Any]]:
         """Return the gradient of the input (None unless wanted) and a None for each of `parameters`."""
-        none = [None] * len(self.parameters())
+        parameters = self.parameters()
+        dx_TD = self._train(dy_TD, x_TD, call, saved, wants_dx)
+        tell_complete(parameters)  # not before: who is told may change the weights
+        return dx_TD, [None] * len(parameters)
+
+    def _train(
+        self, dy_TD: torch.Tensor, x_TD: torch.Tensor, call: _Call, saved: _Saved, wants_dx: bool
+    ) -> torch.Tensor | None:
+        """Add to the gradients of all that learns; return that of the input."""
         trains_head_norms = any(norm.weight.requires_grad for norm in self._head_norms or ())
         wants_qkv = wants_dx or self._norm1.weight.requires_grad or trains_head_norms or bool(self.qkv.trained())
         wants_mid = wants_qkv or self.o.trains_weights
         dx_mid_TD = self._train_mlp(dy_TD, saved, wants_mid)
         if dx_mid_TD is None:
-            return None, none
+            return None
         heads, attended = saved.graph
         if self.o.trains_weights:
             self.o.add_grads(self._flat(attended.detach()), dx_mid_TD)
         if not wants_qkv:
-            return None, none
+            return None
         dattended_TX = self.o.dgrad(dx_mid_TD, None)
         shape = (call.num_rows, call.seq_len, self.spec.num_heads, self.spec.head_dim)
         dq, dk, dv = torch.autograd.grad(attended, heads, dattended_TX.view(shape).transpose(1, 2))
@@ -117,7 +125,7 @@ class TrainedCore(DecoderCore):
             self._add_norm_grads(self._head_norms or (), grads)
         saved.graph, saved.raw_TW = ([], dqkv_TW), None
         del dq, dk, dv
-        return self._train_qkv(dqkv_TW, x_TD, dx_mid_TD, saved, wants_dx), none
+        return self._train_qkv(dqkv_TW, x_TD, dx_mid_TD, saved, wants_dx)
 
     def _train_mlp(self, dy_TD: torch.Tensor, saved: _Saved, wants_mid: bool) -> torch.Tensor | None:
         """Add to the gradients of the MLP; return that of the middle of the residual stream, None unless wanted."""

@@ -52,7 +52,10 @@ def peak(load: Workload) -> Memory:
     embedding_bytes = load.trainable_bytes if load.is_full else load.weight_bytes
     trained = load.num_trainable
     own = 0 if load.is_full else load.trainable_bytes  # full training: the weights are counted as weights
-    trainable = trained * (own + load.trainable_bytes)
+    gradients = trained
+    if load.steps_in_backward:  # the largest that are there at once
+        gradients = max(shape.num_linear // shape.num_layers, shape.num_embedding, shape.num_head)
+    trainable = trained * own + gradients * load.trainable_bytes
     activations, loss, layer = _kept(load), _loss_working(load), _layer_peak(load)
     working = max(loss, layer)
     if load.is_full and load.grad_accum == 1:

@@ -114,6 +114,8 @@ class Workload:
     """The optimizer's, for a weight that learns."""
     is_full: bool = False
     """All weights learn."""
+    steps_in_backward: bool = False
+    """Gradients are freed as soon as they are complete."""
     recompute: str = "none"
     labelled_share: float = 1.0
     document_len: int | None = None

@@ -1,0 +1,81 @@
+"""Steps taken in the backward pass: what is updated when, and what a sick step leaves alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nemo_automodel.components.optim.in_backward import StepInBackward
+from nemo_automodel.recipes.base_recipe import BaseRecipe
+from nemo_automodel.shared.errors import UserError
+
+
+def make_model(seed: int = 0) -> torch.nn.Sequential:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(3)))
+
+
+def test_it_is_the_step_after_the_backward_pass():
+    models = [make_model(), make_model()]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
+    within = StepInBackward(optimizers[1])
+    for seed in range(3):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        models[0](x).square().sum().backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in models[0].parameters()])
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        within.begin()
+        models[1](x).square().sum().backward()
+        assert all(p.grad is None for p in models[1].parameters())
+        torch.testing.assert_close(within.finish(), norm)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_shared_weight_waits_for_the_end():
+    model = make_model()
+    shared = model[0].weight
+    model[2].weight = shared
+    twin = make_model()
+    twin[2].weight = twin[0].weight
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    within = StepInBackward(optimizers[0], [shared])
+    within.begin()
+    before = shared.detach().clone()
+    x = torch.randn(4, 6)
+    model(x).square().sum().backward()
+    assert torch.equal(shared, before)
+    within.finish()
+    twin(x).square().sum().backward()
+    optimizers[1].step()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sick_step_changes_nothing(value):
+    model = make_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    within = StepInBackward(torch.optim.AdamW(model.parameters()))
+    within.begin()
+    (model(torch.randn(4, 6)).sum() * value).backward()
+    assert not torch.isfinite(within.finish())
+    assert not within.has_updated
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_that_are_sick_too_late_stop_the_run():
+    recipe = BaseRecipe.__new__(BaseRecipe)
+    recipe.schedule = SimpleNamespace(step=5)
+    recipe._in_backward = SimpleNamespace(has_updated=True)
+    recipe._check_in_backward(1.5)
+    with pytest.raises(UserError) as refused:
+        recipe._check_in_backward(float("nan"))
+    assert str(refused.value) == (
+        "Step 4 has gradients that are not finite below the output head, and `optimizer.in_backward` had updated the "
+        "weights above them by then. Start again from the last checkpoint, without it or with a lower `optimizer.lr`."
+    )
