@@ -61,7 +61,7 @@ class LabelledForward:
         self._hidden_ND: torch.Tensor | None = None
         self._bypasses_head = False
         self._num_head_rows = 1
-        """Rows that go through the head when it is bypassed; none once the head and the loss are one step."""
+        """Rows that go through the head when it is bypassed; none where the head and the loss are one step."""
         self._backends: dict[bool, str] = {}
         """The kernel of packed rows, without and with shared prefixes; chosen when the first such batch comes."""
         self._filled = BatchFiller()
@@ -92,6 +92,7 @@ class LabelledForward:
         if wants_hidden and plain is None:
             self._check_head()
         self._rows, self._bypasses_head = rows.to(device, non_blocking=True), wants_hidden
+        self._num_head_rows = 1 if plain is None else 0
         try:
             with self.attention_of(batch):
                 logits = self.model(**self.model_inputs(batch), use_cache=False).logits
@@ -185,7 +186,6 @@ class LabelledForward:
                 reason = f"{type(self.model).__name__} changes its logits after the head"
             self._joins_head = reason is None
             logger.info("Loss: %s.", self._name_of_joined_head() if reason is None else f"on logits, {reason}")
-            self._num_head_rows = 0 if self._joins_head else 1
         return plain if self._joins_head else None
 
     def _name_of_joined_head(self) -> str:
@@ -194,6 +194,7 @@ class LabelledForward:
     def _last_row(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return hidden states and logits of the last of one row of tokens, ``[1, D]`` and ``[1, V]``."""
         self._rows, self._bypasses_head = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device), True
+        self._num_head_rows = 1
         try:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
             hidden_1D = self._hidden_ND

@@ -29,6 +29,7 @@ from nemo_automodel._transformers.fp8_base import write_report
 from nemo_automodel._transformers.frozen_head import tied_weights
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal
+from nemo_automodel._transformers.neftune import add_embedding_noise
 from nemo_automodel.components.checkpoint.changes import changes_since, consequences
 from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, SaveError, estimate_num_bytes
 from nemo_automodel.components.checkpoint.disk import check_writable, warn_if_crowded
@@ -229,6 +230,9 @@ class BaseRecipe:
         )
 
     def _build_engine(self) -> None:
+        if self.settings.noise_alpha:
+            add_embedding_noise(self.model, self.settings.noise_alpha)
+            logger.info("NEFTune: noise on the embeddings, alpha %g.", self.settings.noise_alpha)
         name = self.settings.distributed.autocast_dtype
         autocast_dtype = None if name is None else parse_dtype(name, "distributed.autocast_dtype")
         self.engine = EagerEngine(

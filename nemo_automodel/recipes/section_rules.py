@@ -46,6 +46,7 @@ SECTIONS = (
     "packed_sequence",
     "data_check",
     "loss_guard",
+    "neftune",
     "benchmark",
     "checkpoint",
     "wandb",

@@ -22,7 +22,12 @@ from nemo_automodel.components.distributed.config import DistEnvConfig, Distribu
 from nemo_automodel.components.loggers.config import MLflowConfig, TensorBoardConfig, WandbConfig
 from nemo_automodel.components.optim.config import LRSchedulerConfig, optimizer_path
 from nemo_automodel.components.quantization.config import CompileConfig, FP8Config, QATSettings, QuantizationConfig
-from nemo_automodel.components.training.config import BenchmarkConfig, LossGuardConfig, StepSchedulerConfig
+from nemo_automodel.components.training.config import (
+    BenchmarkConfig,
+    LossGuardConfig,
+    NeftuneConfig,
+    StepSchedulerConfig,
+)
 from nemo_automodel.recipes import section_rules as rules
 from nemo_automodel.recipes.dataset_rules import TOKENIZER_RUNTIME, check_dataset, check_token_budget, single_sets
 from nemo_automodel.shared.errors import ConfigError
@@ -73,6 +78,8 @@ class RunSettings:
     data_check: DataCheckConfig | None
     """``None``: the label gate is off."""
     loss_guard: LossGuardConfig
+    noise_alpha: float
+    """Of NEFTune; 0: no noise."""
     benchmark: BenchmarkConfig
     """Read by the benchmark recipe alone."""
     checkpoint: CheckpointingConfig
@@ -150,6 +157,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         packed_sequence=packed_sequence,
         data_check=rules.data_check(config),
         loss_guard=build(LossGuardConfig, _section(config, "loss_guard"), "loss_guard"),
+        noise_alpha=_noise_alpha(config),
         benchmark=build(BenchmarkConfig, _section(config, "benchmark"), "benchmark"),
         checkpoint=checkpoint,
         checkpoint_dir_is_default=is_default,
@@ -192,6 +200,11 @@ def _optional(config: ConfigNode, name: str, make: Callable[[ConfigNode], Any]) 
     """Build a section that is off unless it is there."""
     node = _section(config, name)
     return None if node is None else make(node)
+
+
+def _noise_alpha(config: ConfigNode) -> float:
+    neftune = _optional(config, "neftune", lambda node: build(NeftuneConfig, node, "neftune"))
+    return 0.0 if neftune is None else neftune.noise_alpha or 0.0
 
 
 def _seed(config: ConfigNode) -> int:

@@ -287,7 +287,6 @@ def test_freeze_embeddings_is_honoured():
                 "kd_ratio": 0.5,
                 "teacher_model": {"_target_": "torch.nn.Linear"},
                 "recipe_args": {"a": 1},
-                "neftune": {"noise_alpha": 5.0},
                 "comet": {"project_name": "x"},
                 "processor": {"a": 1},
                 "dllm": {"mode": "mdlm"},

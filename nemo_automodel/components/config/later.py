@@ -35,7 +35,6 @@ LATER_SECTIONS: dict[str, str] = {
     "mining": "mining of hard negatives",
     "moe_metrics": "mixture-of-experts metrics",
     "mtp": "multi-token prediction",
-    "neftune": "NEFTune noise",
     "prewarm": "warming up kernels",
     "processor": "vision-language models",
     "tool_call_eval": "evaluation of tool calls",
@@ -117,7 +116,7 @@ def refuse_later_sections(config: ConfigNode) -> None:
         NotSupportedYetError: the first such section.
     """
     for section, topic in LATER_SECTIONS.items():
-        if section not in config or _is_off(section, config[section]):
+        if section not in config or _is_off(config[section]):
             continue
         if section in _LAUNCHERS:
             raise NotSupportedYetError(
@@ -126,10 +125,9 @@ def refuse_later_sections(config: ConfigNode) -> None:
         raise NotSupportedYetError(f"`{section}`: {topic} is not supported yet. Remove the section.")
 
 
-def _is_off(section: str, value: Any) -> bool:
+def _is_off(value: Any) -> bool:
     if isinstance(value, ConfigNode):
-        is_quiet = section == "neftune" and value.get("noise_alpha") in (0, 0.0, None) and len(value) == 1
-        return len(value) == 0 or value.get("enabled") is False or is_quiet
+        return len(value) == 0 or value.get("enabled") is False
     return value is None or value is False
 
 

@@ -132,6 +132,20 @@ class LossGuardConfig:
 
 
 @dataclass(frozen=True)
+class NeftuneConfig:
+    """The ``neftune:`` section: noise on the input embeddings."""
+
+    noise_alpha: float | None = 5.0
+    """Strength; 5 to 15 in the paper. 0 or ``null``: none."""
+
+    def __post_init__(self) -> None:
+        if self.noise_alpha is not None and self.noise_alpha < 0:
+            raise ConfigError(
+                f"`neftune.noise_alpha` is {self.noise_alpha:g}, but it cannot be negative. Use 5, or 0 for no noise."
+            )
+
+
+@dataclass(frozen=True)
 class BenchmarkConfig:
     """The ``benchmark:`` section: which steps are timed, and where the result goes."""
 
