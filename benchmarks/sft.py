@@ -3,12 +3,13 @@
     python benchmarks/sft.py [--seconds 15] [--cases llama3_1_8b:1x4096:none:adam,...] [--out results.json]
 
 **Kernels**: gradients of norms' weights against the same in float64. **Layers**: output and every gradient of one
-full-size layer in bf16, summed over two micro-batches, against Transformers' layer in fp32: cosine at least 0.9999,
-ratio of norms 0.99 to 1.01. **Steps**: weights are random and made on the device by `from_config`, tokens random over
-the full vocabulary and all of them labelled; clipping and the optimizer are inside the clock. A case is shape
-(llama3_1_8b, qwen3_8b), rows x length, what is recomputed (none, selective, full), and the optimizer: a short name of
-docs/training.md, `plain-` before it takes Transformers' layers and the loss on logits (`plain-adam`). A fifth part, a
-number, exchanges the count of layers.
+full-size layer in bf16, summed over two micro-batches, against Transformers' layer in fp32: cosine at least 0.9999 or
+that of Transformers' layer in bf16, less 1e-4; ratio of norms 0.99 to 1.01. **Steps**: weights are random and made on
+the device by `from_config`, tokens random over the full vocabulary and all of them labelled; clipping and the optimizer
+are inside the clock. A case is shape (llama3_1_8b, qwen3_8b), rows x length, what is recomputed (none, selective,
+full), and the optimizer: a short name of docs/training.md; `plain-` before it takes Transformers' layers and the loss
+on logits (`plain-adam`), `-in_backward` behind it steps in the backward pass, one micro-batch a step without clipping.
+A fifth part, a number, exchanges the count of layers.
 
 `--device cpu --small` runs the script itself on any machine. Exit status 1 when a check fails.
 """
@@ -34,10 +35,12 @@ from measuring import dtype_of, environment, make_config, random_batches, time_s
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
+from nemo_automodel._transformers.frozen_head import tied_weights
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.distributed.grad import clip_grad_norm
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.components.optim.config import optimizer_path
+from nemo_automodel.components.optim.in_backward import StepInBackward
 from nemo_automodel.components.optim.optimizer import build_optimizer
 from nemo_automodel.components.training.flops import StepSize, count_work
 from nemo_automodel.kernels import norm_grad
@@ -148,7 +151,9 @@ def check_layer(family: str, args: argparse.Namespace, failures: list[str]) -> d
         worst[f"{name} cosine"] = min(cosine for cosine, _ in found.values())
         worst[f"{name} ratio"] = max((ratio for _, ratio in found.values()), key=lambda ratio: abs(ratio - 1))
         for key, (cosine, ratio) in found.items():
-            if name == "fast" and not (cosine >= 0.9999 and 0.99 <= ratio <= 1.01):
+            # what 16 bits cost Transformers' own layer is allowed
+            least = min(0.9999, agreement(results["plain"][key], results["oracle"][key])[0] - 1e-4)
+            if name == "fast" and not (cosine >= least and 0.99 <= ratio <= 1.01):
                 failures.append(f"layer {family} {key}: cosine {cosine:.6f}, ratio {ratio:.4f}")
     print(f"layer {family}: " + ", ".join(f"{key} {value:.6f}" for key, value in worst.items()))
     del models, oracle, results
@@ -182,7 +187,9 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     shape, size, recompute, optimizer_name, *rest = case.split(":")
     rows, seq_len = map(int, size.split("x"))
     seq_len = min(seq_len, 96) if args.small else seq_len
-    is_plain = optimizer_name.startswith("plain-")
+    is_plain, is_within = optimizer_name.startswith("plain-"), optimizer_name.endswith("-in_backward")
+    optimizer_name = optimizer_name.removeprefix("plain-").removesuffix("-in_backward")
+    grad_accum = 1 if is_within else args.grad_accum
     device = args.device
     started = time.perf_counter()
     model = NeMoAutoModelForCausalLM.from_config(
@@ -193,18 +200,22 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
         **({"force_hf": True} if is_plain else {"fast_layers": "on"}),
     ).train()
     engine = EagerEngine(model, MaskedCrossEntropy(), model.device, joins_frozen_head=not is_plain)
-    target = targets.resolve(optimizer_path(optimizer_name.removeprefix("plain-")), "optimizer._target_")
+    target = targets.resolve(optimizer_path(optimizer_name), "optimizer._target_")
     optimizer = build_optimizer(model, target, {"lr": 1e-5})
     parameters = [p for p in model.parameters() if p.requires_grad]
-    batches = random_batches(model.config.vocab_size, rows, seq_len, args.grad_accum)
-    num_tokens = args.grad_accum * rows * seq_len
+    batches = random_batches(model.config.vocab_size, rows, seq_len, grad_accum)
+    num_tokens = grad_accum * rows * seq_len
+    within = StepInBackward(optimizer, tied_weights(model)) if is_within else None
 
     def step() -> float:
+        if within is not None:
+            within.begin()
         loss = engine.forward_backward(batches, num_tokens)
-        grad_norm = clip_grad_norm(parameters, 1.0)
+        grad_norm = clip_grad_norm(parameters, 1.0) if within is None else within.finish()
         value, norm = torch.stack([loss, grad_norm]).tolist()
         assert math.isfinite(norm)
-        optimizer.step()
+        if within is None:
+            optimizer.step()
         optimizer.zero_grad()
         return float(value)
 
@@ -235,7 +246,7 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
         f"{window.peak_gib or 0:.2f} GiB, {window.num_steps} steps in {window.seconds:.1f} s, set-up {setup_s:.1f} s, "
         f"losses {first[0]:.3f} to {window.losses[-1]:.3f}"
     )
-    if not args.skip_profile:
+    if not args.skip_profile and within is None:
         engine.forward_backward(batches[:1], num_tokens)  # so that the profiled micro-batch adds to gradients
         result["profile"] = profile(lambda: engine.forward_backward(batches[:1], num_tokens), device)
         result["optimizer_profile"] = profile(optimizer.step, device)
