@@ -51,6 +51,7 @@ from nemo_automodel.components.fast.trained_layer import TrainedCore, TrainedSto
 from nemo_automodel.components.fast.watch import Watch
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
+from nemo_automodel.kernels.weight_grad import is_alone
 from nemo_automodel.shared.dtypes import dtype_name
 from nemo_automodel.shared.errors import UserError
 
@@ -244,6 +245,7 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
     reasons = {
         "`force_hf: true`": request.force_hf,
         "`fast_layers: off`": request.wish == "off",
+        "all weights are trained by several processes": peft is None and not is_alone(),
         "the layers are compiled instead": request.is_compiled,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
         "DoRA with dropout is not on the fast path yet": peft is not None and peft.use_dora and peft.dropout > 0,

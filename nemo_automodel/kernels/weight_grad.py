@@ -7,7 +7,8 @@ gradients are rows of one matrix, as their weights are.
 
 Nothing is remembered beside ``grad``. Gradients that lie one behind the other in memory are one matrix; those that are
 gone (``zero_grad``) get memory anew, together; any others are collected into such a matrix first. So memory is free
-between a step and the next backward pass, and whatever else reads or scales gradients finds ordinary ones.
+between a step and the next backward pass, and whatever else reads or scales gradients finds ordinary ones. Only what
+hooks into automatic differentiation itself does not see them, as wrappers that average gradients over processes do.
 
 Shapes: T tokens, K inputs, N outputs of all weights.
 """
@@ -17,6 +18,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
+
+
+def is_alone() -> bool:
+    """Tell whether this is the only process of a run: of several, somebody averages gradients as they are made."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def add_product_grad(weights: Sequence[torch.Tensor], dy_TN: torch.Tensor, x_TK: torch.Tensor) -> None:

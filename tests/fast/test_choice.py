@@ -10,7 +10,7 @@ from support.other_models import model_with_adapters
 from support.tiny import tiny_config
 
 from nemo_automodel import NeMoAutoModelForCausalLM
-from nemo_automodel._transformers import fast_layers
+from nemo_automodel._transformers import fast_layers, frozen_head
 from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel._transformers.packing_masks import Machine
 from nemo_automodel.components._peft.lora import LinearLoRA, PeftConfig
@@ -256,3 +256,13 @@ def choose(caplog, model) -> str:
         assert not fast_layers.use_fast_layers(model, fast_layers.FastRequest("on", PEFT))
     assert adapters_line(caplog) == "fused on 14 of 14 linear layers."
     return caplog.messages[0].removeprefix("Decoder layers: ")
+
+
+def test_several_processes_keep_gradients_in_autograd(caplog, monkeypatch):
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    _, line = build(caplog, peft_config=None)
+    assert line == "plain Transformers: all weights are trained by several processes."
+    assert build(caplog, fast_layers="on")[1].startswith("fast (2 of 2")
+    model, _ = build(caplog, peft_config=None)
+    assert frozen_head.obstacle(model, model.lm_head) == "the head is trained by several processes"
