@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
 from nemo_automodel._transformers.inference import load_for_inference
 from nemo_automodel._transformers.merge import Adapter, MergeReport, fetch_model, merge_adapter, rewrite_model
 from nemo_automodel._transformers.model_files import ModelFiles
-from nemo_automodel._transformers.model_source import hide_bars_without_terminal
+from nemo_automodel._transformers.model_source import hide_bars_without_terminal, read_json
 from nemo_automodel._transformers.packed_base import base_as_packed
 from nemo_automodel.components.checkpoint.model_dcp import has_model
 from nemo_automodel.components.export.certificate import Certificate, Check, compare, compare_losses
@@ -58,6 +60,21 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def with_weights(source: Source, out: Path) -> Iterator[Source]:
+    """Give a source whose weights are safetensors; those in torch's distributed format are converted for a while."""
+    if source.checkpoint is None or not has_model(source.checkpoint):
+        yield source
+        return
+    stored = read_json(source.directory / "config.json").get("dtype")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".weights-", dir=out.absolute().parent) as work:
+        model, tokenizer = load_for_inference(source.checkpoint, device="cpu", dtype=stored)
+        ModelFiles(model, tokenizer).write(Path(work))
+        del model
+        yield replace(source, directory=Path(work))
+
+
 def write_whole(
     source: Source, out: Path, wishes: Wishes, adapter: Adapter | None, is_rounded: bool
 ) -> MergeReport | None:
@@ -67,7 +84,9 @@ def write_whole(
         quantization = source.settings.quantization if source.settings is not None else None
         stored_as = None
         if is_rounded and quantization is not None and source.settings is not None:
-            stored_as = base_as_packed(base, quantization, source.settings.model.get("torch_dtype"))
+            stored_as = base_as_packed(
+                base, quantization, source.settings.model.get("torch_dtype"), wishes.trust_remote_code
+            )
         bar = Bar("Merging", None, is_bytes=True)
         try:
             return merge_adapter(
@@ -81,11 +100,7 @@ def write_whole(
             )
         finally:
             bar.close()
-    if source.checkpoint is not None and has_model(source.checkpoint):  # torch's distributed format
-        model, tokenizer = load_for_inference(source.checkpoint, device="cpu", dtype=wishes.dtype)
-        ModelFiles(model, tokenizer).write(out)
-    else:
-        rewrite_model(source.directory, out, wishes.dtype)
+    rewrite_model(source.directory, out, wishes.dtype)
     return None
 
 
@@ -143,7 +158,7 @@ def export_whole(
     """Write a Hugging Face directory with its certificate; ``add`` writes more into it."""
     hide_bars_without_terminal()
     adapter = open_adapter(source, wishes)
-    with new_directory(out) as part:
+    with with_weights(source, out) as source, new_directory(out) as part:
         trained = ask_trained(source, wishes, adapter) if wishes.is_certified else None
         is_rounded = trained.is_rounded if trained is not None else wishes.merge_into == "rounded"
         if trained is not None:

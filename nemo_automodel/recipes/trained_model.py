@@ -21,6 +21,7 @@ from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
 from nemo_automodel._transformers.inference import checkpoint_of, find_model_directory
 from nemo_automodel._transformers.merge import Adapter, fetch_model, read_adapter
 from nemo_automodel._transformers.model_files import ADAPTER_CONFIG
+from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import adapters_off
 from nemo_automodel.components.checkpoint.layout import CONFIG_FILE, MODEL_DCP_DIR, MODEL_DIR
 from nemo_automodel.components.checkpoint.manifest import verify
@@ -120,6 +121,8 @@ def _check_scale(source: Source, adapter: Adapter) -> None:
     if source.settings is None or source.settings.peft is None:
         return
     trained = source.settings.peft.instantiate()
+    if not isinstance(trained, PeftConfig):  # a target of the user's own
+        return
     pairs = {
         "r": trained.dim,
         "lora_alpha": trained.alpha,

@@ -38,7 +38,10 @@ def train(config: dict, path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory):
-    """Return a function ``kind → checkpoint``: sft, lora, tied (LoRA on a tied head as well), dora, qlora."""
+    """Return a function ``kind → checkpoint``.
+
+    sft, dcp (the same in torch's distributed format), lora, tied (LoRA on a tied head as well), dora, qlora.
+    """
     root, made = tmp_path_factory.mktemp("runs"), {}
     squad = write_squad(root / "squad")
 
@@ -53,7 +56,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
         config = recipe_config(base, squad, root / kind, step_scheduler__max_steps=6, optimizer__lr=1e-2)
         config["lr_scheduler"] = {"lr_decay_style": "constant"}
         config["validation_dataset"] = {**config["dataset"], "split": "validation"}
-        if kind != "sft":
+        if kind == "dcp":
+            config["checkpoint"]["model_save_format"] = "torch_save"
+        elif kind != "sft":
             config["peft"] = lora_section()
         if tied:
             config["peft"]["target_modules"] = ["*_proj", "lm_head"]

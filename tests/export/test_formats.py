@@ -41,14 +41,17 @@ def export(source: Path, out: Path, *words: str) -> int:
 # --------------------------------------------------------------------------------------------------------- whole models
 
 
-@pytest.mark.parametrize("kind", ["sft", "lora"])
+@pytest.mark.parametrize("kind", ["sft", "dcp", "lora"])
 def test_hf_is_an_ordinary_directory(runs, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(runs(kind), tmp_path / "hf", "--to", "hf", "--dtype", "float32") == 0
     assert "certificate: passed on 16 rows of the run's validation data" in capsys.readouterr().out
     trained, _ = load_for_inference(runs(kind), device="cpu")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     torch.testing.assert_close(logits(exported), logits(trained), rtol=1e-4, atol=1e-5)
-    assert {check["name"] for check in check_certificate(tmp_path / "hf")["checks"]} >= {"hf = trained", "hf ≠ base"}
+    content = check_certificate(tmp_path / "hf")
+    assert {check["name"] for check in content["checks"]} >= {"hf = trained", "hf ≠ base"}
+    assert content["source"] == "epoch_0_step_5"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
 def test_a_model_without_its_base_says_so(runs, tmp_path: Path) -> None:
