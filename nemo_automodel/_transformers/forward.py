@@ -86,6 +86,8 @@ class LabelledForward:
             rows = rows.new_zeros(1)
         device = self.model.device
         labels_N = labels[rows].to(device, non_blocking=True)
+        if "seq_lens" in batch:
+            self._backend_of(batch)  # before the head is asked: the attention that was asked for may not run here
         plain = self._plain_loss(loss_fn)
         # a loss of the user's own may leave the attribute out
         wants_hidden = plain is not None or getattr(loss_fn, "needs_hidden_states", False)
