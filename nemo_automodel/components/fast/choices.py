@@ -1,9 +1,8 @@
 """Ways to compute the same layer that differ only in speed, and by how much depends on the GPU and on the shapes.
 
-The defaults are what was fastest on an H100 with the shape of Llama-3.1-8B at 8192 tokens a micro-batch: 15,803 tokens
-a second against 15,496 without ``swiglu_products`` and 15,444 with ``down_in_depth`` (`benchmarks/results`).
-`benchmarks/fast_core.py` times any other (``--cases fast:swiglu_products=0``). On a GPU a run measures which are best
-there, see `dispatch`.
+The defaults hold where nothing is measured. On a GPU a run measures which are best there, see `dispatch`: on an H100 that
+is ``swiglu_products`` for large models, and ``down_in_depth`` for the shapes of Llama 8B and 70B but not of Qwen 7B and 8B
+(`benchmarks/results/kernel_table_h100.json`). `benchmarks/fast_core.py` times any (``--cases fast:swiglu_products=0``).
 """
 
 from __future__ import annotations
