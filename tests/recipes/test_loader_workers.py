@@ -66,9 +66,10 @@ def test_a_killed_worker_is_named(run, plant):
         r"stops; the last checkpoint is untouched\. Use fewer workers, --dataloader\.num_workers 1, and start again to "
         r"go on\.$"
     )
+    others = multiprocessing.active_children()  # of tests before this one
     with pytest.raises(UserError, match=message):
         run()
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(others)
 
 
 def test_a_worker_that_ends_by_itself(run, plant):
@@ -85,9 +86,10 @@ def test_a_hung_worker_is_named_with_its_rows(run, plant, squad_dir):
         r"wait for \(a network drive, a lock\), read without workers, --dataloader\.num_workers 0, or wait longer, "
         r"--dataloader\.timeout 30$"
     )
+    others = multiprocessing.active_children()
     with pytest.raises(UserError, match=message):
         run(loader={"timeout": 5})
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(others)
 
 
 def test_a_slow_worker_is_no_hung_one(run, plant):
