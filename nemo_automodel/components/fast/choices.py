@@ -1,8 +1,9 @@
 """Ways to compute the same layer that differ only in speed, and by how much depends on the GPU and on the shapes.
 
-The defaults hold where nothing is measured. On a GPU a run measures which are best there, see `dispatch`: on an H100 that
-is ``swiglu_products`` for large models, and ``down_in_depth`` for the shapes of Llama 8B and 70B but not of Qwen 7B and 8B
-(`benchmarks/results/kernel_table_h100.json`). `benchmarks/fast_core.py` times any (``--cases fast:swiglu_products=0``).
+The defaults hold where nothing is measured. On a GPU a run measures which are best there, see `dispatch`: on an H100
+that is ``swiglu_products`` for large models, and ``down_in_depth`` for the shapes of Llama 8B and 70B, not of Qwen 7B
+and 8B (`benchmarks/results/kernel_table_h100.json`). `benchmarks/fast_core.py` times any of them
+(``--cases fast:swiglu_products=0``).
 """
 
 from __future__ import annotations
