@@ -86,10 +86,15 @@ def subcommands() -> list[str]:
 
 def load(argv: list[str], default: str = "") -> None:
     """Load a recipe with its overrides and check every key."""
+    from nemo_automodel.components.config import targets
     from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
     from nemo_automodel.recipes.settings import load_settings
 
-    load_settings(parse_args_and_load_config(default, argv))
+    opened = targets._Fence.prefixes
+    try:
+        load_settings(parse_args_and_load_config(default, argv))
+    finally:
+        targets._Fence.prefixes = opened  # pages show `--allow-target`, which lasts as long as the process
 
 
 def check_automodel(args: list[str]) -> None:
