@@ -43,6 +43,33 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
         | {"num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
     ),
+    "llama3_70b": (
+        "LlamaConfig",
+        {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+        | {"num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+    ),
+    "llama3_2_1b": (
+        "LlamaConfig",
+        {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5}
+        | {"tie_word_embeddings": True},
+    ),
+    "llama3_2_3b": (
+        "LlamaConfig",
+        {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28}
+        | {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
+        | {"tie_word_embeddings": True},
+    ),
+    "phi3_mini": (
+        "Phi3Config",
+        {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "pad_token_id": 0},
+    ),
+    "olmo2_7b": (
+        "Olmo2Config",
+        {"vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-6},
+    ),
 }
 """Name → class and sizes of a configuration."""
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
