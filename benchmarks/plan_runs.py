@@ -1,6 +1,6 @@
 """What `automodel plan` says of many training runs, beside what a GPU measures in them.
 
-    python benchmarks/plan_runs.py [--cases llama3_1_8b:bf16:2x4096:none:adamw:2,...] [--seconds-limit 240] --out runs.json
+    python benchmarks/plan_runs.py [--cases llama3_1_8b:bf16:2x4096:none:adamw:2,...] [--seconds-limit 240] [--out FILE]
 
 A case is shape, store, rows x length, what is recomputed (none, selective, full), the optimizer, micro-batches of a
 step and, if it is shorter than the real one, the number of layers. Stores: bf16, fp8, fp8_once (one copy), nf4 and
@@ -11,8 +11,9 @@ Each case is one recipe. The planner reads it (`recipes/plan.py`) and says peak 
 `automodel benchmark` then trains it, all in this process: weights and tokens are random, two steps to warm up and two
 that count. The record holds the recipe, the plan by term, and what was measured: the peak of allocated memory in the
 steps that count, what stays allocated between steps, the peak while the model was made, reserved memory, and the rate
-of so short a window. Kernels are the defaults, unmeasured, unless ``--kernels measure`` asks. What the planner puts above the card's memory is not run, but kept as a prediction; a case that
-fails is kept with its error. The file is written after every case, and no case begins after ``--seconds-limit``.
+of so short a window. Kernels are the defaults, unmeasured, unless ``--kernels measure`` asks. What the planner puts
+above the card's memory is not run, but kept as a prediction; a case that fails is kept with its error. The file is
+written after every case, and no case begins after ``--seconds-limit``.
 
 `--device cpu --small` runs the script itself on any machine, without peaks. Exit status 1 when a case failed.
 """
@@ -48,8 +49,7 @@ from nemo_automodel.recipes.plan import Plan, plan_run
 from nemo_automodel.shared.types import Batch, StepMetrics
 
 # shape:store:rows x length:recomputed:optimizer:micro-batches[:layers]
-CASES = """
-llama3_1_8b:bf16:2x4096:none:adamw:2
+CASES = """llama3_1_8b:bf16:2x4096:none:adamw:2
 llama3_1_8b:nf4:2x4096:none:adamw:1
 llama3_1_8b:fp8:2x4096:none:adamw:2
 llama3_1_8b:sft:1x4096:none:adam:2
@@ -82,7 +82,7 @@ llama3_2_1b:bf16:4x4096:selective:adam:1
 smollm2_135m:sft:8x2048:none:adam:2
 smollm2_135m:bf16:1x16384:full:adamw:1
 qwen2_5_7b:sft:2x2048:selective:torch.optim.SGD:2
-llama3_1_8b:bf16:3x6144:none:adamw:1
+llama3_1_8b:bf16:5x4096:none:adamw:1
 llama3_70b:nf4_fp8:2x1024:none:adamw:1
 llama3_70b:nf4:1x4096:full:adamw:1
 llama3_70b:nf4:1x4096:none:adamw:1:40
@@ -90,8 +90,7 @@ qwen3_8b:sft:2x4096:none:adam:2
 qwen3_8b:sft:1x4096:none:adamw8bit:2
 llama3_1_8b:bf16:2x16384:none:adamw:1
 olmo2_7b:bf16:2x4096:full:adamw:1
-smollm2_135m:sft:4x1024:none:adamw_sr:1
-""".split()
+smollm2_135m:sft:4x1024:none:adamw_sr:1"""
 WARMUP_STEPS, TIMED_STEPS = 2, 2
 
 
@@ -280,7 +279,7 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(CASES), help="what to run, comma-separated")
+    parser.add_argument("--cases", default=CASES, help="what to run, separated by commas or lines")
     parser.add_argument("--only", default="", metavar="WORD", help="of these, the cases whose name holds WORD")
     parser.add_argument("--seconds-limit", type=float, default=240, help="no case begins later")
     parser.add_argument("--kernels", default="defaults", choices=("defaults", "measure"), help="of the fast layers")
@@ -295,7 +294,7 @@ def main() -> int:
     record: dict[str, Any] = {"command": " ".join(["python", "benchmarks/plan_runs.py", *sys.argv[1:]])}
     record |= {"date": time.strftime("%Y-%m-%d"), "environment": environment("cpu" if args.plan_only else args.device)}
     print(json.dumps(record["environment"]), flush=True)
-    for text in filter(lambda name: name and args.only in name, args.cases.split(",")):
+    for text in filter(lambda name: name and args.only in name, args.cases.replace(",", "\n").splitlines()):
         if time.perf_counter() - started > args.seconds_limit:
             print(f"{text}: not begun after {args.seconds_limit:g} s")
             continue
