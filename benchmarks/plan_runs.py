@@ -230,7 +230,11 @@ def run_case(text: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the record of one case."""
     started = time.perf_counter()
     config = recipe_of(Case.read(text), args.device, args.small, args.kernels)
-    plan = plan_run(ConfigNode(config), MACHINES[args.gpu])
+    try:
+        plan = plan_run(ConfigNode(config), MACHINES[args.gpu])
+    except Exception as error:  # as in `measure`; the measured half is worth having all the same
+        measured = {"error": "only planned"} if args.plan_only else measure(config)
+        return {"recipe": config, "plan": {"error": repr(error)[:300]}, "measured": measured}
     planned = as_json(plan)
     keys = ("fits", "needed_gib", "memory_gib", "load_device_gib", "tokens_per_s", "step_s", "notes")
     record = {"recipe": config, "plan": {key: planned[key] for key in keys}, "plan_s": time.perf_counter() - started}
@@ -255,6 +259,8 @@ def errors_of(plan: Plan, measured: dict[str, Any]) -> dict[str, float]:
 
 def describe(text: str, record: dict[str, Any]) -> str:
     plan, measured = record["plan"], record.get("measured", {})
+    if "error" in plan:
+        return f"{text:44s} no plan: {plan['error']}"
     line = f"{text:44s} {plan['needed_gib']:7.2f} GiB"
     failed = measured.get("out_of_memory") or measured.get("error")
     if failed or not measured:
@@ -273,8 +279,9 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         found[key] = {"runs": len(sizes)}
         if sizes:
             found[key] |= {"median": statistics.median(sizes), "worst": max(sizes)}
-    oom = [n for n, r in runs.items() if r["plan"]["fits"] and "out_of_memory" in r.get("measured", {})]
-    return found | {"false_fits": oom, "failed": [n for n, r in runs.items() if "error" in r.get("measured", {})]}
+    oom = [n for n, r in runs.items() if r["plan"].get("fits") and "out_of_memory" in r.get("measured", {})]
+    failed = [n for n, r in runs.items() if "error" in r["plan"] or "error" in r.get("measured", {})]
+    return found | {"false_fits": oom, "failed": failed}
 
 
 def main() -> int:
@@ -306,7 +313,8 @@ def main() -> int:
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(summary(runs), indent=1), f"{time.perf_counter() - started:.0f} s", sep="\n")
-    return 1 if any("measured" in run and "tokens_per_s" not in run["measured"] for run in runs.values()) else 0
+    found = summary(runs)
+    return 1 if found["failed"] or found["false_fits"] else 0
 
 
 if __name__ == "__main__":

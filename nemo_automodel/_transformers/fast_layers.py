@@ -104,7 +104,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
             raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
         logger.info("Decoder layers: plain Transformers: %s.", reason)
         obstacle = reason if request.peft is None else _obstacle_to_adapters(model, request)
-        is_any_fused = obstacle is None and fuse_adapters(model, request.recompute, _dropout(request.peft)) > 0
+        is_any_fused = obstacle is None and fuse_adapters(model, request.recompute, dropout_of(request.peft)) > 0
         if obstacle not in (None, reason):
             logger.info("Adapters: plain: %s.", obstacle)
         if request.wish == "on" and not is_any_fused:
@@ -118,7 +118,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
     name, total = type(layers[0]).__name__, len(layers)
-    adapters, (store, weights), dropout = _adapters(model), _choose_store(layers[0], request), _dropout(request.peft)
+    adapters, (store, weights), dropout = _adapters(model), _choose_store(layers[0], request), dropout_of(request.peft)
     table = choose_kernels(model, max(layers, key=lambda layer: len(lora_layers(layer))), request.kernels, store)
     choices = Choices.from_names(table.names())
     attention = partial(attention_for, causal=causal_attention_by(choices.attention))
@@ -146,6 +146,17 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
 def why_plain(model: PreTrainedModel, request: FastRequest) -> str | None:
     """Return why Transformers' layers would compute on a machine that has all the fast ones need; None if they do."""
     return _obstacle(model, _layers(model), replace(request, wish="off" if request.wish == "off" else "on"))
+
+
+def would_fuse_adapters(model: PreTrainedModel, request: FastRequest) -> bool:
+    """Tell whether adapters of a model without fast layers would be fused on a machine that has all they need."""
+    asked = replace(request, wish="off" if request.wish == "off" else "on")
+    return request.peft is not None and _obstacle_to_adapters(model, asked) is None
+
+
+def dropout_of(peft: PeftConfig | None) -> AdapterDropout | None:
+    """Return the dropout of adapters as fused layers apply it."""
+    return None if peft is None or not peft.dropout else AdapterDropout(peft.dropout, peft.dropout_position)
 
 
 def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -197,10 +208,6 @@ def _adapters(model: PreTrainedModel) -> dict[nn.Module, Adapter]:
         )
         for layer in lora_layers(model).values()
     }
-
-
-def _dropout(peft: PeftConfig | None) -> AdapterDropout | None:
-    return None if peft is None or not peft.dropout else AdapterDropout(peft.dropout, peft.dropout_position)
 
 
 def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], request: FastRequest) -> str | None:

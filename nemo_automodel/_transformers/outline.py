@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,13 @@ from transformers import (
 )
 
 from nemo_automodel._transformers.assemble import freeze, recompute_activations
-from nemo_automodel._transformers.fast_layers import FastRequest, why_plain
+from nemo_automodel._transformers.fast_layers import FastRequest, dropout_of, why_plain, would_fuse_adapters
+from nemo_automodel._transformers.fast_linears import fuse_adapters
+from nemo_automodel._transformers.frozen_head import is_one_matrix
 from nemo_automodel._transformers.model_source import load_config, read_config, resolve_source
 from nemo_automodel._transformers.options import ModelOptions, resolve_dtype
 from nemo_automodel.components._peft.lora import LinearLoRA, apply_lora
+from nemo_automodel.components.fast.linear import FusedLinear
 from nemo_automodel.components.plan.workload import Linear, ModelShape, PlainRun
 from nemo_automodel.shared.dtypes import parse_dtype
 
@@ -46,6 +49,8 @@ class Outline:
     options: ModelOptions
     why_plain: str | None
     """Why Transformers' layers would compute it on a GPU; None when the fast layers would."""
+    fused: tuple[FusedLinear, ...] = ()
+    """Linear layers of Transformers' decoder layers that are fused with their adapters."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,11 +93,14 @@ def from_config(
     freeze(model, options.freeze_config or {})
     if options.peft_config is not None:
         apply_lora(model, options.peft_config)
-    return Outline(model, options, _why_plain(model, options, dtype))
+    request = _request(options)
+    reason = _why_plain(model, request, dtype)
+    fused = () if reason is None else _fuse(model, options, request, dtype)
+    return Outline(model, options, reason, fused)
 
 
-def _why_plain(model: PreTrainedModel, options: ModelOptions, dtype: torch.dtype) -> str | None:
-    request = FastRequest(
+def _request(options: ModelOptions) -> FastRequest:
+    return FastRequest(
         wish=str(options.fast_layers),
         peft=options.peft_config,
         recompute=options.activation_checkpointing,
@@ -101,6 +109,20 @@ def _why_plain(model: PreTrainedModel, options: ModelOptions, dtype: torch.dtype
         autocast_dtype=options.autocast_dtype,
         asks_attention=options.attn_implementation is not None,
     )
+
+
+def _fuse(
+    model: PreTrainedModel, options: ModelOptions, request: FastRequest, dtype: torch.dtype
+) -> tuple[FusedLinear, ...]:
+    """Fuse adapters with their linear layers as a run would, and return the layers. Packed weights stay apart."""
+    is_right_dtype = dtype == torch.bfloat16 or request.wish == "on"
+    if options.quantization_config is not None or not is_right_dtype or not would_fuse_adapters(model, request):
+        return ()
+    fuse_adapters(model, dropout=dropout_of(request.peft))
+    return tuple(module for module in model.modules() if isinstance(module, FusedLinear))
+
+
+def _why_plain(model: PreTrainedModel, request: FastRequest, dtype: torch.dtype) -> str | None:
     reason = why_plain(model, request)
     if reason is None and dtype != torch.bfloat16 and request.wish == "auto":
         return f"the weights are {str(dtype).removeprefix('torch.')}, not bfloat16"
@@ -137,6 +159,17 @@ def shape_of(outline: Outline, name: str) -> ModelShape:
     )
 
 
+def logits_copies(outline: Outline) -> int:
+    """Return how many whole logits the loss would hold at once, 0 where it is one step with the output head."""
+    options, config = outline.options, outline.model.config.get_text_config()
+    head: Any = outline.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if getattr(config, "final_logit_softcapping", None):
+        return 4  # before and after the cap, and the gradients of both
+    is_compiled = options.compile_config is not None and options.compile_config.enabled
+    joins = is_one_matrix(head) and not (options.force_hf or is_compiled or options.autocast_dtype)
+    return 0 if joins else 2
+
+
 def _adapter(layer: LinearLoRA) -> list[torch.Tensor]:
     found: list[torch.Tensor] = [layer.lora_A.weight, layer.lora_B.weight]
     return found if layer.lora_magnitude_vector is None else [*found, layer.lora_magnitude_vector]
@@ -167,7 +200,13 @@ def run_plain(outline: Outline, rows: int, seq_len: int, recompute: str) -> Plai
         if p.requires_grad
     ]
     model.train()
-    ledger = _Ledger(model)
+    for layer in outline.fused:
+        layer.fused_core.keeps_products = recompute == "selective"
+    stores = [layer.fused_core.store for layer in outline.fused]
+    for store in stores:
+        store.prepare()  # once a step, not in every micro-batch
+    copies = [copy for store in stores for copy in (store.a_RK, store.b_NR) if copy is not None]
+    ledger = _Ledger([*model.parameters(), *model.buffers(), *copies])
     try:
         with ledger:
             ids = torch.zeros((rows, seq_len), dtype=torch.long, device="meta")
@@ -180,7 +219,12 @@ def run_plain(outline: Outline, rows: int, seq_len: int, recompute: str) -> Plai
         if recompute != "none":
             model._set_gradient_checkpointing(enable=False)
         model.set_attn_implementation(before)
-    return PlainRun(kept=kept, working=max(0, ledger.peak - kept), written=ledger.written)
+    return PlainRun(
+        kept=kept,
+        working=max(0, ledger.peak - kept),
+        written=ledger.written,
+        adapter_copies=sum(copy.nbytes for copy in copies),
+    )
 
 
 def _drop_grad(parameter: torch.Tensor) -> None:
@@ -188,12 +232,12 @@ def _drop_grad(parameter: torch.Tensor) -> None:
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the bytes of every tensor that is made and of every one that goes; the model's own do not count."""
+    """Notes the bytes of every tensor that is made and of every one that goes, except those that were ``there``."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, there: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.written = 0
-        self._seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self._seen = {tensor.untyped_storage()._cdata for tensor in there}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_automodel._transformers import auto_model, outline
-from nemo_automodel._transformers.outline import Outline, run_plain, shape_of
+from nemo_automodel._transformers.outline import Outline, logits_copies, run_plain, shape_of
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
 from nemo_automodel.components.plan import memory, speed
 from nemo_automodel.components.plan.machines import GIB, Machine
+from nemo_automodel.components.plan.optimizers import OptimizerBytes, bytes_of
 from nemo_automodel.components.plan.workload import Workload
 from nemo_automodel.recipes.llm.text_data import model_path_of
 from nemo_automodel.recipes.llm.train_ft import model_wishes
@@ -30,14 +31,6 @@ _PROCESS_GIB = 4.0
 """Host memory of a training process beside its tensors."""
 _SHARD_GIB = 5.0
 """Weight files are seldom larger."""
-_STATE_BYTES = {"SGD": 0, "Adagrad": 4, "RMSprop": 4, "Lion": 4}
-"""Of an optimizer for an fp32 weight; all others keep two numbers, as Adam does."""
-_QUANTIZED_STATE_BYTES = {
-    **dict.fromkeys(("Adam8bit", "AdamW8bit", "PagedAdamW8bit", "adamw8bit", "AdamFp8", "AdamWFp8"), 2.03),
-    **dict.fromkeys(("Adam4bit", "AdamW4bit"), 1.06),
-    "FlashAdamW": 3.13,
-}
-"""Of an optimizer whose state has the same size for every weight, with its scales."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +104,7 @@ def _outline(settings: RunSettings) -> Outline:
         )
     peft = None if settings.peft is None else settings.peft.instantiate()
     wishes = model_wishes(settings, peft)
-    for key in ("quantization_config", "fp8_config"):
-        wishes.pop(key, None)
+    wishes.pop("fp8_config", None)
     node = settings.model.copy()
     node["_target_"] = f"{outline.__name__}.{target.__name__}"
     found: Outline = node.instantiate(**wishes, autocast_dtype=settings.distributed.autocast_dtype)
@@ -132,6 +124,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
     notes.append("Every token is taken to be learned: the worst case for the loss.")
     lora_dtype = "float32" if settings.peft is None else settings.peft.get("lora_dtype") or "float32"
     trainable_bytes = found.dtype.itemsize if settings.peft is None else parse_dtype(lora_dtype).itemsize
+    optimizer = _optimizer_bytes(settings, trainable_bytes, notes)
     return Workload(
         shape=shape_of(found, model_path_of(settings.model) or type(found.model).__name__),
         rows=rows,
@@ -143,11 +136,13 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
         fp8_copies=2 if settings.fp8 is None else settings.fp8.num_copies,
         weight_bytes=found.dtype.itemsize,
         trainable_bytes=trainable_bytes,
-        state_bytes=_state_bytes(settings, trainable_bytes, notes),
+        state_bytes=optimizer.state,
+        step_bytes=optimizer.step,
         is_full=settings.peft is None,
         steps_in_backward=bool(settings.optimizer.get("in_backward")),
         recompute=settings.distributed.recompute_policy(),
         dropout=0.0 if settings.peft is None else float(settings.peft.get("dropout") or 0.0),
+        logits_copies=logits_copies(found),
     ), notes
 
 
@@ -163,16 +158,14 @@ def _store(settings: RunSettings) -> str:
     return "dense" if settings.fp8 is None else "fp8"
 
 
-def _state_bytes(settings: RunSettings, trainable_bytes: int, notes: list[str]) -> float:
-    name = str(settings.optimizer.get("_target_")).rpartition(".")[2]
-    if name in _QUANTIZED_STATE_BYTES:
-        return _QUANTIZED_STATE_BYTES[name]
-    if name in _STATE_BYTES:
-        own = _STATE_BYTES[name] + (4 if name == "SGD" and settings.optimizer.get("momentum") else 0)
-        return own * trainable_bytes / 4
-    if "adam" not in name.lower():
+def _optimizer_bytes(settings: RunSettings, weight_bytes: int, notes: list[str]) -> OptimizerBytes:
+    options = settings.optimizer.to_dict()
+    target = str(options.pop("_target_"))
+    found = bytes_of(target, options, weight_bytes)
+    if not found.is_known:
+        name = target.rpartition(".")[2]
         notes.append(f"The optimizer {name} is taken to keep two numbers for a weight, as Adam does.")
-    return 2 * trainable_bytes
+    return found
 
 
 def _loading(load: Workload, needed: memory.Memory) -> tuple[float, float]:

@@ -157,7 +157,8 @@ class FusedLinear(nn.Module):
         """Map ``[..., K]`` to ``[..., N]``. Under autocast, or for another dtype, the layer's own class computes."""
         core = self.fused_core
         store = core.store
-        if x.dtype != store.dtype or torch.is_autocast_enabled(x.device.type):
+        # what has no memory, as when a run is planned, knows no autocast either
+        if x.dtype != store.dtype or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
             plain: torch.Tensor = super().forward(x)
             return plain
         if torch.is_grad_enabled():

@@ -2,9 +2,10 @@
 
 A step's peak lies either where the loss is made, all layers' activations kept, or in the backward pass of the last
 layer. Both are the sum of what stays (weights, adapters, optimizer) and of what a micro-batch keeps; the larger is the
-answer. Where all weights learn from a single micro-batch a step, their gradients come while activations go, so the two
-are not there at once: the larger counts. The formulae of the fast layers follow `components/fast/decoder_layer.py`,
-tensor by tensor; those of Transformers' layers are measured on the model's outline (`_transformers/outline.py`).
+answer, unless an optimizer whose step works on all weights at once needs more than either. Where all weights learn from
+a single micro-batch a step, their gradients come while activations go, so the two are not there at once: the larger
+counts. The formulae of the fast layers follow `components/fast/decoder_layer.py`, tensor by tensor; those of
+Transformers' layers are measured on the model's outline (`_transformers/outline.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from nemo_automodel.components.plan.workload import Linear, Workload, rank_width
 
 CHUNK_ROWS = 2048
 """Rows of logits that the loss of a frozen head holds at once."""
+_FP32_CHUNK_BYTES = 3 * 64 * 2**20
+"""Of logits in fp32, with their softmax, where the loss is made from logits."""
 _LIBRARY_BYTES = 72 * 2**20
 """Workspaces of the matrix libraries."""
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -60,6 +63,10 @@ def peak(load: Workload) -> Memory:
     working = max(loss, layer)
     if load.is_full and load.grad_accum == 1:
         activations, working = max(0, activations + loss - trainable - layer), layer
+    if load.steps_in_backward:
+        working += gradients * load.step_bytes
+    else:  # activations are gone by then
+        working = max(working, trained * load.step_bytes - activations)
     return Memory(
         weights=int(_weight_bytes(load) + shape.num_other * load.weight_bytes),
         embeddings=((0 if load.embeddings_on_host else shape.num_embedding) + shape.num_head) * embedding_bytes,
@@ -88,7 +95,7 @@ def _weight_bytes(load: Workload) -> float:
 def _folded(load: Workload) -> float:
     """Return the bytes of the adapters' copies in the packed matrices of the fast layers."""
     if load.plain is not None:
-        return 0
+        return load.plain.adapter_copies
     total = 0
     for num_in, num_out, rank, count in _packs(load):
         width = rank_width(rank, load.store)
@@ -147,10 +154,10 @@ def _loss_working(load: Workload) -> float:
     shape, labelled = load.shape, load.tokens * load.labelled_share
     logits = shape.vocab_size * load.weight_bytes
     hidden = labelled * shape.hidden_size * load.weight_bytes
+    if load.logits_copies:
+        return load.logits_copies * labelled * logits + _FP32_CHUNK_BYTES
     if not load.is_full:
         return min(CHUNK_ROWS, labelled) * logits + hidden
-    if load.plain is not None:  # logits, their gradient, a chunk in fp32
-        return 2 * labelled * logits
     if labelled <= shape.hidden_size:  # the gradient of the logits waits for the backward pass, or that of the head
         return labelled * logits + hidden
     return (shape.hidden_size + min(CHUNK_ROWS, labelled)) * logits + hidden
@@ -178,7 +185,10 @@ def _layer_working(load: Workload) -> float:
 
 def _scratch(load: Workload) -> float:
     """Return what unpacking the widest frozen matrix takes."""
-    largest = max((num_in * num_out for num_in, num_out, _, _ in _packs(load)), default=0)
+    if load.plain is not None:
+        largest = max(linear.num_in * linear.num_out for linear in load.shape.linears)
+    else:
+        largest = max(num_in * num_out for num_in, num_out, _, _ in _packs(load))
     if load.store == "nf4":
         return largest * (1 if load.computes_in_fp8 else load.weight_bytes)
     return largest if load.store == "fp8" and load.fp8_copies == 1 else 0

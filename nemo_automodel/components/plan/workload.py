@@ -43,6 +43,8 @@ class PlainRun:
     """More than that at the peak of the backward pass."""
     written: int
     """By all operations of both passes."""
+    adapter_copies: int = 0
+    """A and B in the dtype of the layers, where adapters are fused with their linear layers."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Workload:
     """Of a weight that learns."""
     state_bytes: float = 8
     """The optimizer's, for a weight that learns."""
+    step_bytes: float = 0
+    """What the optimizer's step needs for a moment, for a weight that learns."""
     is_full: bool = False
     """All weights learn."""
     steps_in_backward: bool = False
@@ -121,6 +125,8 @@ class Workload:
     document_len: int | None = None
     """Mean tokens of a document in a packed row; None: a row is one document."""
     dropout: float = 0.0
+    logits_copies: int = 0
+    """Whole logits that are there at once; 0: output head and loss are one step, which needs a chunk."""
     plain: PlainRun | None = None
     """Where Transformers' layers compute; None: the fast decoder layers do."""
 
