@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +101,13 @@ def lines(plan: Plan) -> list[str]:
         out.append(f"  {f'{plan.num_steps:,} steps':<28} {found['hours']:8.2f} hours")
     out += ["", *plan.notes]
     if plan.alternative is not None:
-        overrides = " ".join(f"--{key} {str(value).lower()}" for key, value in plan.alternative[0].items())
+        overrides = " ".join(f"--{key} {_as_word(value)}" for key, value in plan.alternative[0].items())
         out.append(f"This fits: {overrides}")
     elif not plan.fits:
         out.append("Nothing nearby fits. Take a smaller model, shorter rows, or a larger GPU.")
     return out
+
+
+def _as_word(value: Any) -> str:
+    """Return a value as a word of the command line."""
+    return shlex.quote(str(value)) if isinstance(value, dict) else str(value).lower()

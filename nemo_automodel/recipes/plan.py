@@ -1,14 +1,11 @@
 """What a run would need, before anything is downloaded but the model's config.json.
 
 The configuration is read as the recipe reads it, the model is outlined without weights, and `components/plan` turns
-both into memory and time. Where a run does not fit, the settings nearest to the user's that do are looked for in the
-order of what they cost: recomputing some activations, fewer rows at once (the global batch stays), recomputing all, and
-weights in 8 or 4 bits.
+both into memory and time. Where a run does not fit, the first that does of what `plan_alternatives` offers is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +19,7 @@ from nemo_automodel.components.plan.optimizers import OptimizerBytes, bytes_of
 from nemo_automodel.components.plan.workload import Workload
 from nemo_automodel.recipes.llm.text_data import model_path_of
 from nemo_automodel.recipes.llm.train_ft import model_wishes
+from nemo_automodel.recipes.plan_alternatives import alternatives, can_be
 from nemo_automodel.recipes.settings import RunSettings, load_settings
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import UserError
@@ -87,10 +85,10 @@ def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -
     )
     if plan.fits:
         return plan
-    for overrides, other in _alternatives(load, settings):
+    for overrides, other in alternatives(load, settings):
         other = _with_plain_run(other, found)
         candidate = Plan(**{**vars(plan), "load": other, "memory": memory.peak(other)})
-        if candidate.fits:
+        if candidate.fits and can_be(config, overrides):
             return Plan(**{**vars(plan), "alternative": (overrides, other)})
     return plan
 
@@ -178,30 +176,3 @@ def _loading(load: Workload, needed: memory.Memory) -> tuple[float, float]:
 def _checkpoint_gib(load: Workload) -> float:
     weights = load.shape.num_weights * load.trainable_bytes if load.is_full else load.num_trainable * 4
     return (weights + load.num_trainable * load.state_bytes) / GIB
-
-
-def _alternatives(load: Workload, settings: RunSettings) -> Iterator[tuple[dict[str, Any], Workload]]:
-    """Yield changes from the cheapest to the dearest, as overrides and as workloads."""
-    stores: list[tuple[dict[str, Any], str]] = [({}, load.store)]
-    if not load.is_full and load.store == "dense":
-        stores.append(({"quantization.load_in_4bit": True}, "nf4"))
-    policies = ("none", "selective", "full")
-    for of_store, store in stores:
-        for rows in _halves(load.rows if settings.step_scheduler.local_batch_tokens is None else 1):
-            for policy in policies[policies.index(load.recompute) :]:
-                overrides = dict(of_store)
-                if rows != load.rows:
-                    overrides["step_scheduler.local_batch_size"] = rows
-                if policy != load.recompute:
-                    overrides["distributed.activation_checkpointing"] = policy
-                grad_accum = load.grad_accum * load.rows // rows
-                if overrides:
-                    changed = load.changed(store=store, rows=rows, recompute=policy, grad_accum=grad_accum)
-                    yield overrides, changed
-
-
-def _halves(rows: int) -> Iterator[int]:
-    yield rows
-    while rows > 1:
-        rows //= 2
-        yield rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -77,3 +78,35 @@ def test_unified_memory_counts_the_process(recipe, capsys):
 def test_an_unknown_gpu_is_one_line(recipe, capsys):
     assert main(["plan", recipe(peft=PEFT), "--gpu", "h10"]) == 2
     assert "`--gpu h10` is not in the table. Did you mean `h100`?" in capsys.readouterr().err
+
+
+ADAM = {"_target_": "torch.optim.Adam", "lr": 1e-3, "fused": True}
+
+
+@pytest.mark.parametrize(
+    ("batch", "optimizer", "gpu", "expected"),
+    [
+        (1, ADAM, "a100-40", {"optimizer.in_backward": True, "clip_grad_norm.max_norm": None}),
+        (64, ADAM, "h100", {"optimizer": {"_target_": "adamw8bit", "lr": 1e-3}}),
+    ],
+)
+def test_full_training_that_does_not_fit_is_offered_a_smaller_optimizer(
+    recipe, capsys, tmp_path, batch, optimizer, gpu, expected
+):
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "big" / "config.json").write_text(
+        json.dumps({**LLAMA_8B, "num_hidden_layers": 20 if batch == 1 else 46})
+    )
+    path = recipe(step_scheduler__global_batch_size=batch, step_scheduler__local_batch_size=1, optimizer=optimizer)
+    status, found = plan(capsys, path, "--seq-len", "1024", "--gpu", gpu)
+    assert status == 1
+    overrides = found["overrides_that_fit"]
+    policy = overrides.pop("distributed.activation_checkpointing", None)
+    assert overrides == expected
+    assert main(["plan", path, "--seq-len", "1024", "--gpu", gpu]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("This fits: ")]
+    words = shlex.split(line.removeprefix("This fits: "))
+    assert (policy is None) == ("--distributed.activation_checkpointing" not in words)
+    status, found = plan(capsys, path, *words, "--seq-len", "1024", "--gpu", gpu)
+    assert status == 0, "the words can be given back"
+    assert found["fits"]
