@@ -121,3 +121,43 @@ def test_the_chart_of_loss_curves_is_well_formed(script):
     results = {name: {"losses": [3 - 0.01 * i for i in range(60)]} for name in ("plain", "fast")}
     drawn = minidom.parseString(parity.chart({**results, "fp8": {"failed": "no"}}))
     assert [text.firstChild.data for text in drawn.getElementsByTagName("text")][:2] == ["plain", "fast"]
+
+
+def test_planned_runs_are_recipes(script):
+    from nemo_automodel.components.config.loader import ConfigNode
+    from nemo_automodel.recipes.settings import load_settings
+
+    plan_runs = script("plan_runs")
+    cases = [plan_runs.Case.read(text) for text in plan_runs.CASES.splitlines()]
+    assert len(cases) == len(set(cases)) >= 40
+    for case in cases:
+        if case.optimizer == "adamw8bit":  # asks for its package at once
+            pytest.importorskip("bitsandbytes")
+        settings = load_settings(ConfigNode(plan_runs.recipe_of(case, "cuda", False, "defaults")))
+        assert settings.step_scheduler.global_batch_size == case.rows * case.grad_accum
+        assert settings.distributed.recompute_policy() == case.recompute
+        assert (settings.peft is None) == (case.store == "sft")
+        assert (settings.quantization is not None) == case.store.startswith("nf4")
+        assert (settings.fp8 is not None) == case.store.startswith("fp8")
+
+
+def test_a_planned_run_is_trained_and_a_failing_one_is_kept(script):
+    plan_runs = script("plan_runs")
+    case = plan_runs.Case.read("smollm2_135m:nf4:2x1024:full:adamw:2")
+    recipe = plan_runs.recipe_of(case, "cpu", True, "defaults")
+    found = plan_runs.measure(recipe)
+    assert found["layers"] == "fast"
+    assert found["tokens_per_s"] * found["step_s"] == pytest.approx(2 * 2 * 64)
+    assert found["peak_gib"] is None, "a CPU has none"
+    recipe["optimizer"]["lr"] = -1.0
+    assert plan_runs.measure(recipe)["error"].startswith("`optimizer.lr`")
+    plan = {"fits": True, "needed_gib": 1.0}
+    runs = {
+        "close": {"plan": plan, "measured": {"peak_gib": 1.0}, "memory_error": 0.02},
+        "far": {"plan": plan, "measured": {"peak_gib": 1.0}, "memory_error": -0.04},
+        "dead": {"plan": plan, "measured": {"out_of_memory": "no"}},
+    }
+    summary = plan_runs.summary(runs)
+    assert summary["memory_error"] == {"runs": 2, "median": pytest.approx(0.03), "worst": 0.04}
+    assert summary["false_fits"] == ["dead"]
+    assert summary["failed"] == []

@@ -92,7 +92,8 @@ def from_config(
     logging.getLogger("transformers").setLevel(level)
     freeze(model, options.freeze_config or {})
     if options.peft_config is not None:
-        apply_lora(model, options.peft_config)
+        with torch.device("meta"):
+            apply_lora(model, options.peft_config)
     request = _request(options)
     reason = _why_plain(model, request, dtype)
     fused = () if reason is None else _fuse(model, options, request, dtype)
