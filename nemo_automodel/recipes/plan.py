@@ -24,6 +24,7 @@ from nemo_automodel.recipes.llm.train_ft import model_wishes
 from nemo_automodel.recipes.settings import RunSettings, load_settings
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.memory_policies import EXACT_POLICIES, PLAIN_POLICIES, RECOMPUTE_POLICIES
 
 _ASSUMED_SEQ_LEN = 1024
 _PROCESS_GIB = 4.0
@@ -79,6 +80,8 @@ def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -
     load, notes = _workload(settings, found, seq_len)
     load = _with_plain_run(load, found)
     needed, fast = memory.peak(load), found.why_plain is None
+    if memory.offloaded(load):
+        notes.append(f"The host holds {memory.offloaded(load) / GIB:.1f} GiB of activations, page-locked.")
     notes = [f"Decoder layers: {'fast' if fast else f'plain Transformers: {found.why_plain}'}.", *notes]
     if not machine.is_measured:
         notes.append("Rates of this GPU are scaled from a measured one by the datasheets.")
@@ -147,6 +150,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
         is_full=settings.peft is None,
         steps_in_backward=bool(settings.optimizer.get("in_backward")),
         recompute=settings.distributed.recompute_policy(),
+        mlp_tile_tokens=settings.distributed.mlp_tile_tokens,
         dropout=0.0 if settings.peft is None else float(settings.peft.get("dropout") or 0.0),
     ), notes
 
@@ -192,10 +196,12 @@ def _alternatives(load: Workload, settings: RunSettings) -> Iterator[tuple[dict[
     stores: list[tuple[dict[str, Any], str]] = [({}, load.store)]
     if not load.is_full and load.store == "dense":
         stores.append(({"quantization.load_in_4bit": True}, "nf4"))
-    policies = ("none", "selective", "full")
+    known = EXACT_POLICIES if load.plain is None else PLAIN_POLICIES
+    first = RECOMPUTE_POLICIES.index(load.recompute)
+    policies = [load.recompute, *(name for name in RECOMPUTE_POLICIES[first + 1 :] if name in known)]
     for of_store, store in stores:
         for rows in _halves(load.rows if settings.step_scheduler.local_batch_tokens is None else 1):
-            for policy in policies[policies.index(load.recompute) :]:
+            for policy in policies:
                 overrides = dict(of_store)
                 if rows != load.rows:
                     overrides["step_scheduler.local_batch_size"] = rows

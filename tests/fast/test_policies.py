@@ -25,10 +25,11 @@ from support.packed import make_documents, pack, pad
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
 from nemo_automodel._transformers.forward import LabelledForward
 from nemo_automodel._transformers.fp8_base import Fp8Plan
-from nemo_automodel.components.fast import attention, policies
+from nemo_automodel.components.fast import attention
 from nemo_automodel.components.fast.fp8_store import Fp8Scheme
 from nemo_automodel.components.fast.policies import POLICIES, Tiles
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+from nemo_automodel.shared import memory_policies
 from nemo_automodel.shared.memory_policies import RECOMPUTE_POLICIES
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -230,9 +231,9 @@ def test_a_graph_that_is_thrown_away_is_freed():
 
 
 def test_a_long_row_is_divided_by_itself_and_the_log_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(policies, "_LONG", 10)
-    monkeypatch.setattr(policies, "_TILE", 6)
-    tiles, full = Tiles(), POLICIES["full"]
+    monkeypatch.setattr(memory_policies, "LONG_TOKENS", 10)
+    monkeypatch.setattr(memory_policies, "TILE_TOKENS", 6)
+    tiles, full = Tiles(), "full"
     with caplog.at_level(logging.INFO, logger="nemo_automodel"):
         assert tiles.of(10, full) == [slice(0, 10)]
         assert not caplog.messages
@@ -241,7 +242,7 @@ def test_a_long_row_is_divided_by_itself_and_the_log_says_so(monkeypatch, caplog
     assert caplog.messages == [
         "A micro-batch has 14 tokens: the MLP works on tiles of 6. `distributed.mlp_tile_tokens` sets another size."
     ]
-    assert tiles.of(14, POLICIES["sac1"]) == [slice(0, 14)]
+    assert tiles.of(14, "sac1") == [slice(0, 14)]
     assert Tiles(20).of(14, full) == [slice(0, 14)]
     assert_same_step(
         plain_model("llama", adapters_of()),

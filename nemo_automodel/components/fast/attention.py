@@ -144,4 +144,5 @@ class _Places:
         if isinstance(noted, torch.Tensor):
             return noted
         number, size, stride, offset = noted
-        return self.matrices[number].as_strided(size, stride, offset)
+        found: torch.Tensor = self.matrices[number].as_strided(size, stride, offset)
+        return found

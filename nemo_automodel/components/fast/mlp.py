@@ -64,7 +64,7 @@ class MlpPart:
 
     def _mlp(self, x_mid_TD: torch.Tensor, x_TD: torch.Tensor, keeps: bool) -> tuple[torch.Tensor, MlpSaved]:
         """Return the layer's output ``[T, D]`` and what is kept; ``x_TD`` is added to ``x_mid_TD`` in place."""
-        saved, tiles = MlpSaved(x_mid_TD), self.memory.tiles.of(len(x_mid_TD), self.policy)
+        saved, tiles = MlpSaved(x_mid_TD), self.memory.tiles.of(len(x_mid_TD), self.recompute)
         y_TD = torch.empty_like(x_TD) if len(tiles) > 1 else None
         for rows in tiles:
             tile = MlpTile(rows)
@@ -81,7 +81,7 @@ class MlpPart:
 
     def _mlp_again(self, x_mid_TD: torch.Tensor, x_TD: torch.Tensor) -> MlpSaved:
         """Return what the backward pass needs to make the whole MLP again, tile by tile."""
-        tiles = [MlpTile(rows) for rows in self.memory.tiles.of(len(x_mid_TD), self.policy)]
+        tiles = [MlpTile(rows) for rows in self.memory.tiles.of(len(x_mid_TD), self.recompute)]
         return MlpSaved(x_mid_TD, tiles, residual_TD=x_TD)
 
     def _reduced(self, tile: MlpTile) -> MlpTile:

@@ -37,6 +37,11 @@ class HostCopy:
             torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda) for part in torch.split(x_TD, rows)
         ]
 
+    def __del__(self) -> None:
+        """Whoever gets the memory next must wait for a copy that nobody came for."""
+        if self.on_device is not None:
+            self.wait()
+
     def move(self, to_host: bool) -> None:
         """Start the copy, on the stream of the copies, behind all that the current stream has to do."""
         assert self.on_device is not None
@@ -97,7 +102,7 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
     if device.type != "cuda":
         return None
     if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device)
+        _STREAMS[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _STREAMS[device]
 
 

@@ -26,11 +26,9 @@ import torch
 
 from nemo_automodel.components.fast.offload import HostCopies
 from nemo_automodel.kernels.fp8 import Rounded, dequantize_rows, quantize_rows
+from nemo_automodel.shared.memory_policies import tile_tokens
 
 logger = logging.getLogger(__name__)
-
-_LONG, _TILE = 32768, 16384
-"""Where everything is made again, more tokens than these run in tiles of so many if nobody asks for others."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +63,17 @@ class Tiles:
         self.asked = asked
         self._has_told = False
 
-    def of(self, num_tokens: int, policy: Policy) -> list[slice]:
-        """Return the tiles of so many tokens."""
-        size = self.asked
-        if size is None and not policy.keeps_layer and num_tokens > _LONG:
-            size = _TILE
-            if not self._has_told:
-                self._has_told = True
-                logger.info(
-                    "A micro-batch has %d tokens: the MLP works on tiles of %d. `distributed.mlp_tile_tokens` sets "
-                    "another size.",
-                    num_tokens,
-                    size,
-                )
-        size = size or max(num_tokens, 1)
+    def of(self, num_tokens: int, recompute: str) -> list[slice]:
+        """Return the tiles of so many tokens under a policy."""
+        size = tile_tokens(self.asked, recompute, num_tokens)
+        if self.asked is None and size < num_tokens and not self._has_told:
+            self._has_told = True
+            logger.info(
+                "A micro-batch has %d tokens: the MLP works on tiles of %d. `distributed.mlp_tile_tokens` sets "
+                "another size.",
+                num_tokens,
+                size,
+            )
         return [slice(first, min(first + size, num_tokens)) for first in range(0, max(num_tokens, 1), size)]
 
 
