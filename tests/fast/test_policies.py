@@ -22,6 +22,7 @@ from support.fast_models import (
 from support.ledger import Ledger
 from support.packed import make_documents, pack, pad
 
+from nemo_automodel._transformers import frozen_head
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
 from nemo_automodel._transformers.forward import LabelledForward
 from nemo_automodel._transformers.fp8_base import Fp8Plan
@@ -215,6 +216,23 @@ def test_tiles_bound_what_a_long_row_needs(recompute):
     assert found[None].largest >= 2 * token_bytes
     assert found[64].largest < token_bytes
     assert found[None].peak - found[64].peak > 3 * token_bytes  # plain operations hold more than kernels do
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_nothing_of_a_long_row_is_as_wide_as_the_row_or_the_vocabulary(has_mask, monkeypatch):
+    """Masks, scores, logits, rotary tables: whole micro-batch of one row, from token ids to gradients."""
+    seq_len = 4096
+    monkeypatch.setattr(frozen_head, "default_chunk_rows", lambda _: 256)  # a CPU's would hold all of so few
+    model = fast_model("llama", adapters_of(dtype="float32"), torch.float32, "full_offload", 512)
+    vocab_size, forward = model.config.vocab_size, LabelledForward(model)
+    batch = {"input_ids": tokens(1, seq_len), "labels": tokens(1, seq_len, seed=1)}
+    if has_mask:
+        batch["attention_mask"] = torch.ones(1, seq_len, dtype=torch.int64)
+    forward.loss({"input_ids": tokens(1, 8), "labels": tokens(1, 8)}, MaskedCrossEntropy(), 8).backward()
+    with Ledger() as ledger:
+        forward.loss(batch, MaskedCrossEntropy(), seq_len).backward()
+    assert ledger.largest < 4 * seq_len * vocab_size / 3
+    assert ledger.largest < seq_len * seq_len / 4  # a mask has a byte for each pair
 
 
 def test_a_graph_that_is_thrown_away_is_freed():
