@@ -69,6 +69,8 @@ class Dropped:
 
     def from_row(self, first_row: int) -> Dropped:
         """Return the store under the same masks for the rows of inputs from ``first_row`` on."""
+        if first_row == 0:
+            return self
         masks = tuple(replace(mask, first_row=first_row) for mask in self.masks)
         return Dropped(self.store, masks, self.is_post)
 

@@ -33,6 +33,10 @@ class MlpTile:
     low_gate_up: torch.Tensor | None = None
     low_down: torch.Tensor | None = None
 
+    def of(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a matrix of all tokens, itself where the tile has all: a view is time, too."""
+        return x_TD if self.rows.stop - self.rows.start == len(x_TD) else x_TD[self.rows]
+
 
 @dataclass
 class MlpSaved:
@@ -68,7 +72,7 @@ class MlpPart:
         y_TD = torch.empty_like(x_TD) if len(tiles) > 1 else None
         for rows in tiles:
             tile = MlpTile(rows)
-            y = self._tile_forward(tile, x_mid_TD[rows], x_TD[rows])
+            y = self._tile_forward(tile, tile.of(x_mid_TD), tile.of(x_TD))
             if y_TD is None:
                 y_TD = y
             else:
@@ -127,10 +131,10 @@ class MlpPart:
 
     def _take_gate_up(self, tile: MlpTile, gate_up: WeightStore, saved: MlpSaved) -> torch.Tensor:
         """Return gate and up for the backward pass, and let go of what is kept of them."""
-        x_mid_TD = saved.x_mid_TD[tile.rows]
+        x_mid_TD = tile.of(saved.x_mid_TD)
         if tile.rstd_T is None:
             assert saved.residual_TD is not None
-            self._tile_forward(tile, x_mid_TD, saved.residual_TD[tile.rows], wants_output=False)
+            self._tile_forward(tile, x_mid_TD, tile.of(saved.residual_TD), wants_output=False)
         kept, tile.gate_up = tile.gate_up, None
         if kept is None:
             return self._make_gate_up(tile, gate_up, x_mid_TD, None)
@@ -145,18 +149,20 @@ class MlpPart:
         wants_input = wants_mid or self.gate_up.has_adapters
         if not (wants_input or self.down.has_adapters):
             return None, []
-        dx_mid_TM = self.o.output_buffer(len(dy_TD)) if wants_input else None
+        # a single tile makes the buffer itself, when less is there
+        dx_mid_TM = self.o.output_buffer(len(dy_TD)) if wants_input and len(saved.tiles) > 1 else None
         total: list[torch.Tensor] = []
         while saved.tiles:
             tile = saved.tiles.pop(0)
-            dx_TD = None if dx_mid_TM is None else dx_mid_TM[tile.rows, : self.o.num_out]
-            total = _sum(total, self._tile_backward(tile, dy_TD[tile.rows], saved, dx_TD))
+            to_TM = None if dx_mid_TM is None else tile.of(dx_mid_TM)
+            to_TM, grads = self._tile_backward(tile, tile.of(dy_TD), saved, to_TM, wants_input)
+            dx_mid_TM, total = to_TM if dx_mid_TM is None else dx_mid_TM, _sum(total, grads)
         return dx_mid_TM if wants_mid else None, total
 
     def _tile_backward(
-        self, tile: MlpTile, dy_TD: torch.Tensor, saved: MlpSaved, dx_mid_TD: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """Write the gradient of a tile's tokens to ``dx_mid_TD``, unless None; return those of the adapters."""
+        self, tile: MlpTile, dy_TD: torch.Tensor, saved: MlpSaved, dx_mid_TM: torch.Tensor | None, wants_input: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Return the gradient of a tile's tokens, if wanted, in the buffer given or a new one, and of the adapters."""
         gate_up, down = self.gate_up.from_row(tile.rows.start), self.down.from_row(tile.rows.start)
         gate_up_TM, num_tokens = self._take_gate_up(tile, gate_up, saved), len(dy_TD)
         dy_TM = dy_TD
@@ -172,22 +178,24 @@ class MlpPart:
         # now dh_TF holds the SwiGLU product, gate_up_TG its gradients
         down_grads = down.adapter_grads(dh_TF, dy_TM, tile.low_down, dlow_down)
         del dh_TF, dy_TM
-        if dx_mid_TD is None:
-            return down_grads
+        if not wants_input:
+            return None, down_grads
         dlow_gate_up = gate_up.low_grad(gate_up_TM) if dlow_gate_up is None else dlow_gate_up
         dx2_TD = gate_up.dgrad(gate_up_TM, dlow_gate_up)
+        dx_mid_TM = self.o.output_buffer(num_tokens) if dx_mid_TM is None else dx_mid_TM
         x2_TD = torch.empty_like(dx2_TD)
         assert tile.rstd_T is not None
         rms_norm_backward(
             dx2_TD,
-            saved.x_mid_TD[tile.rows],
+            tile.of(saved.x_mid_TD),
             self._norm2.weight,
             tile.rstd_T,
             residual_grad_TD=dy_TD,
-            out_TD=dx_mid_TD,
+            out_TD=dx_mid_TM[:, : self.o.num_out],
             y_TD=x2_TD if gate_up.has_adapters else None,
         )
-        return [*gate_up.adapter_grads(x2_TD, gate_up_TM, tile.low_gate_up, dlow_gate_up), *down_grads]
+        grads = gate_up.adapter_grads(x2_TD, gate_up_TM, tile.low_gate_up, dlow_gate_up)
+        return dx_mid_TM, [*grads, *down_grads]
 
 
 def _sum(total: list[torch.Tensor], grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:

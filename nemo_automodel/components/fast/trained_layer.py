@@ -133,7 +133,7 @@ class TrainedCore(DecoderCore):
             dx_mid_TD = torch.empty(dy_TD.shape, dtype=dy_TD.dtype, device=dy_TD.device)
         while saved.tiles:
             tile = saved.tiles.pop(0)
-            dx_TD = self._train_tile(tile, dy_TD[tile.rows], saved, wants_input)
+            dx_TD = self._train_tile(tile, tile.of(dy_TD), saved, wants_input)
             if dx_mid_TD is None:
                 dx_mid_TD = dx_TD
             elif dx_TD is not None:
@@ -154,7 +154,7 @@ class TrainedCore(DecoderCore):
         del dh_TF
         if not (wants_input or gate_up.trains_weights):
             return None
-        x_mid_TD, rstd_T = saved.x_mid_TD[tile.rows], tile.rstd_T
+        x_mid_TD, rstd_T = tile.of(saved.x_mid_TD), tile.rstd_T
         assert rstd_T is not None
         x2_TD = torch.empty_like(x_mid_TD, memory_format=torch.contiguous_format) if gate_up.trains_weights else None
         dx_mid_TD = None
