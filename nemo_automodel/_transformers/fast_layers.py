@@ -101,7 +101,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
             )
         if request.fp8 is not None:
             raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
-        _check_plain_memory(request, reason)
+        check_plain_memory(request.recompute, request.mlp_tile_tokens, reason)
         logger.info("Decoder layers: plain Transformers: %s.", reason)
         obstacle = reason if request.peft is None else _obstacle_to_adapters(model, request)
         is_any_fused = obstacle is None and fuse_adapters(model, request.recompute, _dropout(request.peft)) > 0
@@ -218,20 +218,20 @@ def _tiles_in_words(request: FastRequest) -> str:
     return "" if request.mlp_tile_tokens is None else f"; MLP in tiles of {request.mlp_tile_tokens} tokens"
 
 
-def _check_plain_memory(request: FastRequest, reason: str) -> None:
-    """Refuse what Transformers' layers cannot do.
+def check_plain_memory(recompute: str, mlp_tile_tokens: int | None, reason: str) -> None:
+    """Refuse what Transformers' layers cannot do; ``reason`` says why the fast ones do not apply.
 
     Raises:
         UserError: a policy or tiles of the fast layers are asked for.
     """
-    if request.recompute not in PLAIN_POLICIES:
+    if recompute not in PLAIN_POLICIES:
         raise UserError(
-            f"`distributed.activation_checkpointing: {request.recompute}` needs the fast decoder layers, and {reason}. "
+            f"`distributed.activation_checkpointing: {recompute}` needs the fast decoder layers, and {reason}. "
             "Use false, selective or full."
         )
-    if request.mlp_tile_tokens is not None:
+    if mlp_tile_tokens is not None:
         raise UserError(
-            f"`distributed.mlp_tile_tokens: {request.mlp_tile_tokens}` needs the fast decoder layers, and {reason}. "
+            f"`distributed.mlp_tile_tokens: {mlp_tile_tokens}` needs the fast decoder layers, and {reason}. "
             "Leave it out."
         )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_automodel._transformers import auto_model, outline
+from nemo_automodel._transformers.fast_layers import check_plain_memory
 from nemo_automodel._transformers.outline import Outline, run_plain, shape_of
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
@@ -158,6 +159,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
 def _with_plain_run(load: Workload, found: Outline) -> Workload:
     if found.why_plain is None:
         return load
+    check_plain_memory(load.recompute, load.mlp_tile_tokens, found.why_plain)
     return load.changed(plain=run_plain(found, load.rows, load.seq_len, load.recompute))
 
 
