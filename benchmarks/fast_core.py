@@ -14,8 +14,9 @@ over the full vocabulary, every token labelled, clipping and AdamW inside the cl
 fast path, the same with 8-bit weights, and Hugging Face's layers with this project's adapters, SDPA and the default
 loss; ``--cases "fast:swiglu_products=0"`` makes another choice of `fast/choices.py`, ``fp8:copies=1``,
 ``fp8:by_rows=0`` or ``fp8:rounds_in_norm=0`` another scheme of the base in 8 bits, ``fast:dropout=0.1`` and
-``fast:dropout=0.1;position=pre`` drop adapters' outputs or inputs. TFLOP/s are hardware operations by
-the formula in `lora_flops_per_token`; a rate above the device's peak is refused. Exit status 1 when a check fails.
+``fast:dropout=0.1;position=pre`` drop adapters' outputs or inputs, ``fast:recompute=sac1`` keeps less. TFLOP/s are
+hardware operations by the formula in `lora_flops_per_token`; a rate above the device's peak is refused. Exit status 1
+when a check fails.
 
 `--device cpu --small` runs the script itself on any machine.
 """
@@ -52,6 +53,7 @@ from nemo_automodel.components.fast.dropout import AdapterDropout
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.fp8_store import Fp8Scheme, Fp8Store
 from nemo_automodel.components.fast.names import Adapter, Slot
+from nemo_automodel.components.fast.policies import Memory, Tiles
 from nemo_automodel.components.fast.watch import Watch
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
@@ -447,12 +449,13 @@ def make_fast(
     store: type[WeightStore] = DenseStore,
     choices: Choices = DEFAULT,
     dropout: AdapterDropout | None = None,
+    memory: Memory | None = None,
 ) -> None:
     adapters: dict[nn.Module, Adapter] = {
         layer: Adapter(layer.lora_A, layer.lora_B, layer.scaling) for layer in lora_layers(model).values()
     }
     for layer in model.model.layers:  # type: ignore[union-attr]
-        speed_up(layer, adapters, store=store, choices=choices, dropout=dropout)
+        speed_up(layer, adapters, memory, store=store, choices=choices, dropout=dropout)
     Watch(model, [store for layer in model.model.layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
     speed_up_norm(model.model.norm)  # type: ignore[union-attr, arg-type]
 
@@ -528,9 +531,9 @@ def check_layer(family: str, args: argparse.Namespace, failures: list[str]) -> d
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def lora_flops_per_token(config: Any, seq_len: int) -> float:
-    """Return hardware operations of a LoRA step on all linear layers: 4·N_lin + 4·N_head + 6·l + 3.5·A."""
-    return lora_work(config).hardware(StepSize(seq_len, seq_len, seq_len, seq_len**2)) / seq_len
+def lora_flops_per_token(config: Any, seq_len: int, recomputed: str) -> float:
+    """Return hardware operations of a LoRA step on all linear layers: 4·N_lin + 4·N_head + 6·l + 3.5·A, or more."""
+    return lora_work(config, recomputed).hardware(StepSize(seq_len, seq_len, seq_len, seq_len**2)) / seq_len
 
 
 def time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -548,14 +551,17 @@ def time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-def read_case(case: str) -> tuple[str, type[WeightStore], Choices, AdapterDropout | None]:
+def read_case(case: str) -> tuple[str, type[WeightStore], Choices, AdapterDropout | None, Memory]:
     """Read ``fast``, ``fp8`` or ``plain``, with choices behind a colon: ``fp8:swiglu_products=0;copies=1``.
 
-    ``dropout=0.1`` and ``position=pre`` (post without it) are choices too, also of ``plain``.
+    ``dropout=0.1`` and ``position=pre`` (post without it) are choices too, also of ``plain``; ``recompute=sac1`` and
+    ``mlp_tile_tokens=4096`` say what layers keep.
     """
     path, _, rest = case.partition(":")
     values = {name: value for name, _, value in (part.partition("=") for part in re.split("[;,]", rest) if part)}
     probability, position = float(values.pop("dropout", 0)), values.pop("position", "post")
+    tile = int(values.pop("mlp_tile_tokens", 0)) or None
+    memory = Memory(values.pop("recompute", "none"), Tiles(tile))
     scheme = Fp8Scheme(
         by_rows=bool(int(values.pop("by_rows", 1))),
         copies=int(values.pop("copies", 2)),
@@ -563,12 +569,12 @@ def read_case(case: str) -> tuple[str, type[WeightStore], Choices, AdapterDropou
     )
     choices = dataclasses.replace(DEFAULT, **{name: bool(int(value)) for name, value in values.items()})
     dropout = AdapterDropout(probability, position) if probability else None
-    return path, Fp8Store.under(scheme) if path == "fp8" else DenseStore, choices, dropout
+    return path, Fp8Store.under(scheme) if path == "fp8" else DenseStore, choices, dropout, memory
 
 
 def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     device, seq_len = args.device, 64 if args.small else args.seq_len
-    path, store, choices, dropout = read_case(case)
+    path, store, choices, dropout, memory = read_case(case)
     config = make_config(args.family, args, args.layers)
     started = time.perf_counter()
     torch.manual_seed(2)
@@ -583,7 +589,7 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
         layer.lora_B.weight.requires_grad_()
     model.train()
     if path != "plain":
-        make_fast(model, store, choices, dropout)
+        make_fast(model, store, choices, dropout, memory)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     batches = [torch.randint(0, config.vocab_size, (args.rows, seq_len), device=device) for _ in range(8)]
@@ -631,7 +637,7 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     synchronize(device)
     elapsed = time.perf_counter() - started
     rate = num_steps * args.grad_accum * tokens_per_micro / elapsed
-    tflops = rate * lora_flops_per_token(config, seq_len) / 1e12
+    tflops = rate * lora_flops_per_token(config, seq_len, flops.FAST_RECOMPUTED[memory.recompute]) / 1e12
     result: dict[str, Any] = {
         "tokens_per_s": rate,
         "hardware_tflops": tflops,

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from nemo_automodel.components.fast.decoder_layer import causal_attention
+from nemo_automodel.components.fast.attention import causal_attention
 from nemo_automodel.kernels import fp8, linear_ce
 from nemo_automodel.kernels import swiglu_lora as module
 from nemo_automodel.kernels.lora import Update, add_update_

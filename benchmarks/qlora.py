@@ -7,8 +7,9 @@ memory (half a byte read, one or two written, the magnitudes); ``--tune`` times 
 LoRA gradient of one layer of the shape of Llama-3.1-8B against fp32 with the same unpacked weights: cosine at least
 0.9999 in bf16. **Steps**: LoRA, r 16 on all linear layers, random tokens over the full vocabulary, all of them
 labelled, clipping and fused AdamW on fp32 adapters inside the clock. A case is shape (8b, 70b), rows x length, what is
-recomputed (none, selective, full), and nf4 or nf4_fp8; a fifth part, a number, exchanges the count of layers. Weights
-are random codes made on the device by `from_config`; the peak of making them is printed beside the peak of the steps.
+recomputed (a name of `activation_checkpointing`), and nf4 or nf4_fp8; a fifth part, a number, exchanges the count of
+layers. Weights are random codes made on the device by `from_config`; the peak of making them is printed beside the peak
+of the steps.
 
 `--device cpu --small` runs the script itself on any machine. Exit status 1 when a check fails.
 """
@@ -41,7 +42,7 @@ from nemo_automodel.components._peft.lora import PeftConfig, lora_layers
 from nemo_automodel.components.distributed.grad import clip_grad_norm
 from nemo_automodel.components.quantization.config import QuantizationConfig
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
-from nemo_automodel.components.training.flops import StepSize
+from nemo_automodel.components.training.flops import FAST_RECOMPUTED, StepSize
 from nemo_automodel.kernels import linear_ce, nf4
 from nemo_automodel.kernels.jit import HAS_TRITON
 
@@ -340,7 +341,7 @@ def _time_case(text: str, case: Case, args: argparse.Namespace) -> dict[str, Any
     synchronize(device)
     elapsed, peak = time.perf_counter() - started, peak_gib(device)
     rate = num_steps * args.grad_accum * num_tokens / elapsed
-    recomputed = {"none": "none", "selective": "gate_up", "full": "all_but_down"}[case.recompute]
+    recomputed = FAST_RECOMPUTED[case.recompute]
     row = StepSize(seq_len, seq_len, seq_len, seq_len**2)
     tflops = rate * lora_work(config, recomputed).hardware(row) / seq_len / 1e12
     if device == "cuda":

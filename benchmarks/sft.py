@@ -6,10 +6,10 @@
 full-size layer in bf16, summed over two micro-batches, against Transformers' layer in fp32: cosine at least 0.9999 or
 that of Transformers' layer in bf16, less 1e-4; ratio of norms 0.99 to 1.01. **Steps**: weights are random and made on
 the device by `from_config`, tokens random over the full vocabulary and all of them labelled; clipping and the optimizer
-are inside the clock. A case is shape (llama3_1_8b, qwen3_8b), rows x length, what is recomputed (none, selective,
-full), and the optimizer: a short name of docs/training.md; `plain-` before it takes Transformers' layers and the loss
-on logits (`plain-adam`), `-in_backward` behind it steps in the backward pass, one micro-batch a step without clipping.
-A fifth part, a number, exchanges the count of layers.
+are inside the clock. A case is shape (llama3_1_8b, qwen3_8b), rows x length, what is recomputed (a name of
+`activation_checkpointing`), and the optimizer: a short name of docs/training.md; `plain-` before it takes Transformers'
+layers and the loss on logits (`plain-adam`), `-in_backward` behind it steps in the backward pass, one micro-batch a
+step without clipping. A fifth part, a number, exchanges the count of layers.
 
 `--device cpu --small` runs the script itself on any machine. Exit status 1 when a check fails.
 """
@@ -42,7 +42,7 @@ from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.components.optim.config import optimizer_path
 from nemo_automodel.components.optim.in_backward import StepInBackward
 from nemo_automodel.components.optim.optimizer import build_optimizer
-from nemo_automodel.components.training.flops import StepSize, count_work
+from nemo_automodel.components.training.flops import FAST_RECOMPUTED, PLAIN_RECOMPUTED, StepSize, count_work
 from nemo_automodel.kernels import norm_grad
 from nemo_automodel.kernels.jit import HAS_TRITON
 from nemo_automodel.kernels.rope import QKVLayout
@@ -224,8 +224,7 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     window = time_steps(step, args.seconds, device)
     rate = window.num_steps * num_tokens / window.seconds
     one_row = StepSize(rows * seq_len, rows * seq_len, rows * seq_len, rows * seq_len**2)
-    selective, full = ("none", "all") if is_plain else ("gate_up", "all_but_down")
-    recomputed = {"none": "none", "selective": selective, "full": full}[recompute]
+    recomputed = (PLAIN_RECOMPUTED if is_plain else FAST_RECOMPUTED)[recompute]
     tflops = rate * count_work(model, recomputed).hardware(one_row) / (rows * seq_len) / 1e12
     result: dict[str, Any] = {
         "tokens_per_s": rate,

@@ -74,6 +74,7 @@ class AssemblyPlan:
     freeze: dict[str, bool] = field(default_factory=dict)
     peft: PeftConfig | None = None
     activation_checkpointing: str = "none"
+    mlp_tile_tokens: int | None = None
     compile: CompileConfig | None = None
     compile_layers: bool = False
     trust_remote_code: bool = False
@@ -107,6 +108,7 @@ def _fast_request(plan: AssemblyPlan) -> FastRequest:
         wish=plan.fast_layers,
         peft=plan.peft,
         recompute=plan.activation_checkpointing,
+        mlp_tile_tokens=plan.mlp_tile_tokens,
         force_hf=plan.force_hf,
         computes_in_fp8=plan.quantization is not None and plan.quantization.computes_in_fp8,
         is_compiled=plan.compile_layers or (plan.compile is not None and plan.compile.enabled),

@@ -63,6 +63,7 @@ class _NeMoAutoModel:
         compile_layers: bool = False,
         freeze_config: dict[str, bool] | None = None,
         activation_checkpointing: str = "none",
+        mlp_tile_tokens: int | None = None,
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         backend: BackendConfig | dict[str, Any] | None = None,
@@ -87,7 +88,8 @@ class _NeMoAutoModel:
         """Load a model from a directory or from the Hub.
 
         ``torch_dtype`` (or ``dtype``) ``auto`` is the stored dtype on a GPU and fp32 on a CPU. ``device`` defaults to
-        the first GPU, else the CPU. ``activation_checkpointing`` is ``none``, ``selective`` or ``full``.
+        the first GPU, else the CPU. ``activation_checkpointing`` is ``none``, ``selective``, ``full`` or a
+        name of `shared.memory_policies`, and ``mlp_tile_tokens`` divides the MLP, see docs/performance.md.
         ``compile_config`` compiles the whole model, ``compile_layers`` each decoder layer. ``fast_layers`` is ``auto``,
         ``on`` or ``off``: decoder layers in their fast form, see docs/performance.md; ``force_hf`` turns it off as
         well. ``fp8_config`` stores the frozen base under an adapter in 8 bits. ``embeddings_on_host`` keeps the frozen
@@ -167,6 +169,7 @@ class _NeMoAutoModel:
             freeze=options.freeze_config or {},
             peft=options.peft_config,
             activation_checkpointing=options.activation_checkpointing,
+            mlp_tile_tokens=options.mlp_tile_tokens,
             compile=options.compile_config,
             compile_layers=options.compile_layers,
             trust_remote_code=options.trust_remote_code,

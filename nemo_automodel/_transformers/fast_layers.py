@@ -33,19 +33,15 @@ from nemo_automodel._transformers.kernel_choice import KernelRequest, choose_ker
 from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
+from nemo_automodel.components.fast.attention import Attention, causal_attention, causal_attention_by
 from nemo_automodel.components.fast.choices import Choices
-from nemo_automodel.components.fast.decoder_layer import (
-    Attention,
-    DecoderCore,
-    causal_attention,
-    causal_attention_by,
-    speed_up,
-)
+from nemo_automodel.components.fast.decoder_layer import DecoderCore, speed_up
 from nemo_automodel.components.fast.dropout import AdapterDropout
 from nemo_automodel.components.fast.embedding import speed_up_embedding
 from nemo_automodel.components.fast.final_norm import speed_up_norm
 from nemo_automodel.components.fast.names import GROUPS, Adapter
 from nemo_automodel.components.fast.nf4_store import Nf4Fp8Store, Nf4Store
+from nemo_automodel.components.fast.policies import POLICIES, Memory, Tiles
 from nemo_automodel.components.fast.spec import UnfitError, check_family, read_spec
 from nemo_automodel.components.fast.trained_layer import TrainedCore, TrainedStore
 from nemo_automodel.components.fast.watch import Watch
@@ -54,6 +50,7 @@ from nemo_automodel.components.quantization.linear4bit import Linear4bit
 from nemo_automodel.kernels.weight_grad import is_alone
 from nemo_automodel.shared.dtypes import dtype_name
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.memory_policies import PLAIN_POLICIES
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +66,9 @@ class FastRequest:
     """``auto``, ``on`` or ``off``."""
     peft: PeftConfig | None = None
     recompute: str = "none"
-    """``none``, ``selective`` or ``full``."""
+    """A name of `shared.memory_policies`."""
+    mlp_tile_tokens: int | None = None
+    """Tokens that the MLP works on at a time; None: all, or tiles where everything is recomputed and rows are long."""
     force_hf: bool = False
     computes_in_fp8: bool = False
     """4-bit weights are multiplied in 8 bits, which only the fast layers can."""
@@ -102,6 +101,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
             )
         if request.fp8 is not None:
             raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
+        check_plain_memory(request.recompute, request.mlp_tile_tokens, reason)
         logger.info("Decoder layers: plain Transformers: %s.", reason)
         obstacle = reason if request.peft is None else _obstacle_to_adapters(model, request)
         is_any_fused = obstacle is None and fuse_adapters(model, request.recompute, dropout_of(request.peft)) > 0
@@ -122,12 +122,12 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     table = choose_kernels(model, max(layers, key=lambda layer: len(lora_layers(layer))), request.kernels, store)
     choices = Choices.from_names(table.names())
     attention = partial(attention_for, causal=causal_attention_by(choices.attention))
-    core = TrainedCore if request.peft is None else DecoderCore
+    core, memory = TrainedCore if request.peft is None else DecoderCore, _memory(model, request)
     packer = None if request.fp8 is None else Fp8Packer(model, layers, request.fp8)
     for layer in layers:
         with nullcontext() if packer is None else packer.packing(layer):
             make = store if packer is None else packer.store
-            speed_up(layer, adapters, request.recompute, make, choices, attention, dropout, core)
+            speed_up(layer, adapters, memory, make, choices, attention, dropout, core)
     if packer is not None:
         packer.finish()
     Watch(model, [store for layer in layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
@@ -136,7 +136,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
         speed_up_embedding(model.get_input_embeddings())
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
     model.kernel_table = table.to_json()  # type: ignore[assignment]
-    what = f"{total} of {total}, {name}{weights}; recomputed: {request.recompute}"
+    what = f"{total} of {total}, {name}{weights}; recomputed: {request.recompute}{_tiles_in_words(request)}"
     variant = "; DoRA" if request.peft is not None and request.peft.use_dora else ""
     variant = variant if dropout is None else f"; {dropout}"
     logger.info("Decoder layers: fast (%s%s).", what, variant)
@@ -208,6 +208,43 @@ def _adapters(model: PreTrainedModel) -> dict[nn.Module, Adapter]:
         )
         for layer in lora_layers(model).values()
     }
+
+
+def _memory(model: PreTrainedModel, request: FastRequest) -> Memory:
+    """Return what the layers keep for the backward pass.
+
+    Raises:
+        UserError: the host's memory is asked for, and it is the GPU's.
+    """
+    offloads, device = POLICIES[request.recompute].offloads, model.device
+    if offloads and device.type == "cuda" and torch.cuda.get_device_properties(device).is_integrated:
+        raise UserError(
+            f"`distributed.activation_checkpointing: {request.recompute}` moves activations to the host's memory, "
+            "which this GPU shares: it would save nothing. Use full."
+        )
+    return Memory(request.recompute, Tiles(request.mlp_tile_tokens))
+
+
+def _tiles_in_words(request: FastRequest) -> str:
+    return "" if request.mlp_tile_tokens is None else f"; MLP in tiles of {request.mlp_tile_tokens} tokens"
+
+
+def check_plain_memory(recompute: str, mlp_tile_tokens: int | None, reason: str) -> None:
+    """Refuse what Transformers' layers cannot do; ``reason`` says why the fast ones do not apply.
+
+    Raises:
+        UserError: a policy or tiles of the fast layers are asked for.
+    """
+    if recompute not in PLAIN_POLICIES:
+        raise UserError(
+            f"`distributed.activation_checkpointing: {recompute}` needs the fast decoder layers, and {reason}. "
+            "Use false, selective or full."
+        )
+    if mlp_tile_tokens is not None:
+        raise UserError(
+            f"`distributed.mlp_tile_tokens: {mlp_tile_tokens}` needs the fast decoder layers, and {reason}. "
+            "Leave it out."
+        )
 
 
 def _obstacle(model: PreTrainedModel, layers: list[GradientCheckpointingLayer], request: FastRequest) -> str | None:

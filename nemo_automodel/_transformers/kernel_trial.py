@@ -23,9 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
+from nemo_automodel.components.fast.attention import causal_attention_by
 from nemo_automodel.components.fast.choices import DEFAULT, Choices
 from nemo_automodel.components.fast.config import KERNELS
-from nemo_automodel.components.fast.decoder_layer import DecoderCore, causal_attention_by
+from nemo_automodel.components.fast.decoder_layer import DecoderCore
 from nemo_automodel.components.fast.dispatch import Candidate, Question, UnavailableError
 from nemo_automodel.components.fast.names import Adapter
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore

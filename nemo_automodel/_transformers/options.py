@@ -17,11 +17,11 @@ from nemo_automodel.shared.backend import BackendConfig
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, UserError, did_you_mean
 from nemo_automodel.shared.imports import is_available, require
+from nemo_automodel.shared.memory_policies import RECOMPUTE_POLICIES
 
 logger = logging.getLogger(__name__)
 
 ATTENTION_NAMES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-RECOMPUTE_POLICIES = ("none", "selective", "full")
 FREEZE_KEYS = {
     "freeze_embeddings": (),
     "freeze_vision_tower": ("vision", "visual", "image_encoder"),
@@ -48,6 +48,7 @@ class ModelOptions:
     compile_layers: bool = False
     freeze_config: dict[str, bool] | None = None
     activation_checkpointing: str = "none"
+    mlp_tile_tokens: int | None = None
     device: str | torch.device | None = None
     trust_remote_code: bool = False
     backend: BackendConfig | dict[str, Any] | None = None
@@ -89,6 +90,8 @@ class ModelOptions:
                 f"`activation_checkpointing: {self.activation_checkpointing}` is not known. "
                 f"Use {', '.join(RECOMPUTE_POLICIES)}."
             )
+        if self.mlp_tile_tokens is not None and self.mlp_tile_tokens < 1:
+            raise ConfigError(f"`mlp_tile_tokens: {self.mlp_tile_tokens}` is not a number of tokens. Use 1 or more.")
         self.fast_layers = parse_fast_layers(self.fast_layers, self.force_hf)
         self.kernels = parse_kernels(self.kernels)
         for key in self.freeze_config or {}:

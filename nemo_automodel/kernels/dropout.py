@@ -31,11 +31,15 @@ _GOLDEN = 0x9E3779B9
 
 @dataclass(frozen=True)
 class Dropout:
-    """One mask. ``seed`` is int64 ``[1]`` on the device, ``stream`` tells the masks of one seed apart."""
+    """One mask. ``seed`` is int64 ``[1]`` on the device, ``stream`` tells the masks of one seed apart.
+
+    Of a matrix that is computed in tiles of rows, each is under the mask from its ``first_row`` on.
+    """
 
     seed: torch.Tensor
     stream: int
     probability: float
+    first_row: int = 0
 
     @property
     def threshold(self) -> int:
@@ -58,7 +62,7 @@ class Dropout:
         first = _mix_reference(_mix_reference(low + self.salt & _LOW_32) ^ high)
         second = _mix_reference(_mix_reference(high + self.salt & _LOW_32) ^ first)
         rows, cols = (torch.arange(n, device=self.seed.device) for n in (num_rows, num_cols))
-        x = (rows[:, None] * num_cols + cols + first) & _LOW_32
+        x = ((rows[:, None] + self.first_row) * num_cols + cols + first) & _LOW_32
         x = ((x ^ (x >> 17)) * 0xED5AD4BB + second) & _LOW_32
         x = ((x ^ (x >> 11)) * 0xAC4C1B51) & _LOW_32
         x = ((x ^ (x >> 15)) * 0x31848BAB) & _LOW_32

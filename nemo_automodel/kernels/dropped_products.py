@@ -73,6 +73,7 @@ def _dropped_low_kernel(
     factor_ptr,
     partial_ptr,
     seed_ptr,
+    mask_row,
     num_rows,
     num_cols,
     piece_cols,
@@ -100,7 +101,7 @@ def _dropped_low_kernel(
         for i in tl.static_range(len(SHARES)):
             here = (ranks >= SHARES[i][0]) & (ranks < SHARES[i][1])
             factor = tl.load(factor_at, mask=(cols < num_cols)[:, None] & here[None, :], other=0.0)
-            keeps = keeps_tile(seed_ptr, rows, cols, num_cols, SHARES[i][2], THRESHOLD)
+            keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, SHARES[i][2], THRESHOLD)
             total = tl.dot(tl.where(keeps, x, 0.0).to(x.dtype), factor, total, input_precision="ieee")
     to = partial_ptr + (piece * num_rows + rows)[:, None] * num_ranks + ranks[None, :]
     tl.store(to, total * SCALE, mask=(rows < num_rows)[:, None] & (ranks < num_ranks)[None, :])
@@ -112,6 +113,7 @@ def _dropped_grad_kernel(
     low_ptr,
     partial_ptr,
     seed_ptr,
+    mask_row,
     num_rows,
     num_cols,
     chunk_rows,
@@ -139,7 +141,7 @@ def _dropped_grad_kernel(
         for i in tl.static_range(len(SHARES)):
             here = (ranks >= SHARES[i][0]) & (ranks < SHARES[i][1])
             low = tl.load(low_at, mask=(rows < num_rows)[:, None] & here[None, :], other=0.0)
-            keeps = keeps_tile(seed_ptr, rows, cols, num_cols, SHARES[i][2], THRESHOLD)
+            keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, SHARES[i][2], THRESHOLD)
             dropped = tl.where(keeps, x, 0.0).to(x.dtype)
             total = tl.dot(tl.trans(dropped), low, total, input_precision="ieee")
     to = partial_ptr + (chunk * num_cols + cols)[:, None] * num_ranks + ranks[None, :]
@@ -192,6 +194,7 @@ def dropped_low_triton(x_TN: torch.Tensor, factor_NR: torch.Tensor, shares: list
             factor_NR,
             partial_PTR,
             launch[0][2].seed,
+            launch[0][2].first_row,
             num_rows,
             num_cols,
             piece_cols,
@@ -219,6 +222,7 @@ def dropped_grad_triton(x_TN: torch.Tensor, low_TR: torch.Tensor, shares: list[S
             low_TR,
             partial_CNR,
             launch[0][2].seed,
+            launch[0][2].first_row,
             num_rows,
             num_cols,
             chunk_rows,

@@ -106,6 +106,13 @@ def dequantize(x_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
     return x_MK.to(math_dtype) * scale.to(math_dtype)
 
 
+def dequantize_rows(rounded: Rounded, out_MK: torch.Tensor) -> None:
+    """Write ``data · scale`` to ``out_MK``, whose rows may lie in a wider buffer."""
+    is_made_here = out_MK.is_cuda and torch.cuda.get_device_capability(out_MK.device) < (8, 9)
+    run = dequantize_rows_triton if runs_triton(out_MK) and not is_made_here else dequantize_rows_reference
+    run(rounded, out_MK)
+
+
 def transpose_bytes(x_NK: torch.Tensor, out_KN: torch.Tensor) -> None:
     """Write the transpose of a dense matrix of one-byte numbers to ``out_KN``, dense too."""
     if runs_triton(x_NK):
@@ -130,6 +137,11 @@ def quantize_rows_reference(
 def quantize_by_reference(x_MK: torch.Tensor, out_MK: torch.Tensor, scale_11: torch.Tensor) -> None:
     """Do what `quantize_by` says in plain operations."""
     out_MK.copy_((x_MK.float() / scale_11).clamp(-E4M3_MAX, E4M3_MAX))
+
+
+def dequantize_rows_reference(rounded: Rounded, out_MK: torch.Tensor) -> None:
+    """Do what `dequantize_rows` says in plain operations."""
+    out_MK.copy_(dequantize(rounded.data_MK, rounded.scale_M1, out_MK.dtype))
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
@@ -248,6 +260,30 @@ def quantize_by_triton(x_MK: torch.Tensor, out_MK: torch.Tensor, scale_11: torch
         x_MK.stride(0),
         out_MK.stride(0),
         LARGEST=E4M3_MAX,
+        BLOCK=block,
+        num_warps=num_warps_for(block),
+    )
+
+
+@jit
+def _fp8_dequantize_kernel(x_ptr, scale_ptr, out_ptr, num_cols, out_row, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < num_cols
+    x = tl.load(x_ptr + row * num_cols + cols, mask=mask, other=0.0).to(tl.float32) * tl.load(scale_ptr + row)
+    tl.store(out_ptr + row * out_row + cols, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def dequantize_rows_triton(rounded: Rounded, out_MK: torch.Tensor) -> None:
+    """Do what `dequantize_rows` says, one program for a piece of a row."""
+    num_rows, num_cols = out_MK.shape
+    block = min(_SCALE_BLOCK, next_power_of_2(num_cols))
+    _fp8_dequantize_kernel[(num_rows, -(-num_cols // block))](
+        rounded.data_MK,
+        rounded.scale_M1,
+        out_MK,
+        num_cols,
+        out_MK.stride(0),
         BLOCK=block,
         num_warps=num_warps_for(block),
     )

@@ -133,6 +133,7 @@ def _add_update_kernel(
     low_ptr,
     factor_ptr,
     seed_ptr,
+    mask_row,
     num_rows,
     num_cols,
     y_row,
@@ -171,7 +172,7 @@ def _add_update_kernel(
             BLOCK_R,
         )
         if THRESHOLD > 0:
-            keeps = keeps_tile(seed_ptr, rows, cols, num_cols, SHARES[i][2], THRESHOLD)
+            keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, SHARES[i][2], THRESHOLD)
             update = tl.where(keeps, update * SCALE, 0.0)
         y += update
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -188,6 +189,7 @@ def add_update_triton(y_TN: torch.Tensor, update: Update, residual_TN: torch.Ten
         update.low_TR,
         update.factor_RN,
         y_TN if dropout is None else dropout.seed,
+        0 if dropout is None else dropout.first_row,
         num_rows,
         num_cols,
         y_TN.stride(0),

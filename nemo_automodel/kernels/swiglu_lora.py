@@ -148,6 +148,7 @@ def _swiglu_lora_forward_kernel(
     a_ptr,
     partial_ptr,
     seed_ptr,
+    mask_row,
     num_rows,
     num_cols,
     piece_cols,
@@ -203,8 +204,8 @@ def _swiglu_lora_forward_kernel(
                 BLOCK_R,
             )
             if DROPS_UPDATE:
-                gate_keeps = keeps_tile(seed_ptr, rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
-                up_keeps = keeps_tile(seed_ptr, rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
+                gate_keeps = keeps_tile(seed_ptr, mask_row + rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
+                up_keeps = keeps_tile(seed_ptr, mask_row + rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
                 gate_update = tl.where(gate_keeps, gate_update * SCALE, 0.0)
                 up_update = tl.where(up_keeps, up_update * SCALE, 0.0)
             gate += gate_update
@@ -218,7 +219,7 @@ def _swiglu_lora_forward_kernel(
                 other=0.0,
             )
             if DROPS_A:
-                h_keeps = keeps_tile(seed_ptr, rows, cols, num_cols, A_SALT, THRESHOLD)
+                h_keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, A_SALT, THRESHOLD)
                 h = tl.where(h_keeps, h, 0.0).to(out_ptr.dtype.element_ty)
             product = tl.dot(h, a, product, input_precision="ieee")
     if A_RANK > 0:
@@ -238,6 +239,7 @@ def _swiglu_lora_backward_kernel(
     a_ptr,
     partial_ptr,
     seed_ptr,
+    mask_row,
     num_rows,
     num_cols,
     piece_cols,
@@ -288,12 +290,12 @@ def _swiglu_lora_backward_kernel(
                 dlow_ptr, a_ptr, rows, cols, num_rows, num_cols, dlow_row, a_rank, a_col, 0, A_RANK, A_BLOCK
             )
             if DROPS_A:
-                h_keeps = keeps_tile(seed_ptr, rows, cols, num_cols, A_SALT, THRESHOLD)
+                h_keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, A_SALT, THRESHOLD)
                 dh_update = tl.where(h_keeps, dh_update * SCALE, 0.0)
             dh += dh_update
         if DROPS_UPDATE:
-            gate_keeps = keeps_tile(seed_ptr, rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
-            up_keeps = keeps_tile(seed_ptr, rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
+            gate_keeps = keeps_tile(seed_ptr, mask_row + rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
+            up_keeps = keeps_tile(seed_ptr, mask_row + rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
         if HAS_UPDATE:
             gate_update = update_tile(
                 low_ptr, b_ptr, rows, cols, num_rows, num_cols, low_row, b_rank, b_col, GATE_FROM, UP_FROM, BLOCK_R
@@ -427,6 +429,7 @@ def swiglu_lora_triton(
         gate_up_TG if a_RF is None else a_RF,
         partial_PTR,
         gate_up_TG if either is None else either.seed,
+        0 if either is None else either.first_row,
         num_rows,
         num_cols,
         piece_cols,
@@ -470,6 +473,7 @@ def swiglu_lora_backward_triton(
         a_RF,
         partial_PTR,
         gate_up_TG if either is None else either.seed,
+        0 if either is None else either.first_row,
         num_rows,
         num_cols,
         piece_cols,

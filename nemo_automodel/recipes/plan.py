@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_automodel._transformers import auto_model, outline
+from nemo_automodel._transformers.fast_layers import check_plain_memory
 from nemo_automodel._transformers.outline import Outline, logits_copies, run_plain, shape_of
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
@@ -70,6 +71,8 @@ def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -
     load, notes = _workload(settings, found, seq_len)
     load = _with_plain_run(load, found)
     needed, fast = memory.peak(load), found.why_plain is None
+    if memory.offloaded(load):
+        notes.append(f"The host holds {memory.offloaded(load) / GIB:.1f} GiB of activations, page-locked.")
     notes = [f"Decoder layers: {'fast' if fast else f'plain Transformers: {found.why_plain}'}.", *notes]
     if not machine.is_measured:
         notes.append("Rates of this GPU are scaled from a measured one by the datasheets.")
@@ -139,6 +142,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
         is_full=settings.peft is None,
         steps_in_backward=bool(settings.optimizer.get("in_backward")),
         recompute=settings.distributed.recompute_policy(),
+        mlp_tile_tokens=settings.distributed.mlp_tile_tokens,
         dropout=0.0 if settings.peft is None else float(settings.peft.get("dropout") or 0.0),
         logits_copies=logits_copies(found),
     ), notes
@@ -147,6 +151,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
 def _with_plain_run(load: Workload, found: Outline) -> Workload:
     if found.why_plain is None:
         return load
+    check_plain_memory(load.recompute, load.mlp_tile_tokens, found.why_plain)
     return load.changed(plain=run_plain(found, load.rows, load.seq_len, load.recompute))
 
 

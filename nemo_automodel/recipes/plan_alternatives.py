@@ -17,8 +17,8 @@ from nemo_automodel.components.plan.optimizers import bytes_of
 from nemo_automodel.components.plan.workload import Workload
 from nemo_automodel.recipes.settings import RunSettings, load_settings
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.memory_policies import EXACT_POLICIES, PLAIN_POLICIES, RECOMPUTE_POLICIES
 
-_POLICIES = ("none", "selective", "full")
 _EIGHT_BIT = "adamw8bit"
 _KEPT_OPTIONS = ("lr", "betas", "eps", "weight_decay", "in_backward")
 """What an Adam of 8 bits understands of another's section."""
@@ -37,10 +37,13 @@ class _Start:
 def alternatives(load: Workload, settings: RunSettings) -> Iterator[tuple[dict[str, Any], Workload]]:
     """Yield changes from the nearest to the farthest, as overrides of the configuration and as workloads."""
     has_rows = settings.step_scheduler.local_batch_tokens is None
+    known = EXACT_POLICIES if load.plain is None else PLAIN_POLICIES
+    further = RECOMPUTE_POLICIES[RECOMPUTE_POLICIES.index(load.recompute) + 1 :]
+    policies = [load.recompute, *(name for name in further if name in known)]
     for start in _starts(load, settings):
         can_split = has_rows and not start.has_one_micro_batch
         for rows in _halves(start.load.rows) if can_split else (start.load.rows,):
-            for policy in _POLICIES[_POLICIES.index(load.recompute) :]:
+            for policy in policies:
                 overrides = dict(start.overrides)
                 if rows != load.rows:
                     overrides["step_scheduler.local_batch_size"] = rows

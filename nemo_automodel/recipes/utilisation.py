@@ -9,7 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from nemo_automodel.components.fast.decoder_layer import FastDecoderLayer
-from nemo_automodel.components.training.flops import ModelWork, count_work, device_peak, step_size
+from nemo_automodel.components.training.flops import (
+    FAST_RECOMPUTED,
+    PLAIN_RECOMPUTED,
+    ModelWork,
+    count_work,
+    device_peak,
+    step_size,
+)
 from nemo_automodel.recipes.settings import RunSettings
 from nemo_automodel.shared.types import Batch
 
@@ -32,12 +39,8 @@ class Utilisation:
 
     @cached_property
     def work(self) -> ModelWork:
-        """Return the operations of the model.
-
-        Selective recomputation repeats gate and up in fast layers, and no matrix product in Transformers' own.
-        """
-        selective, full = ("gate_up", "all_but_down") if self.has_fast_layers else ("none", "all")
-        return count_work(self._model, {"none": "none", "selective": selective, "full": full}[self._policy])
+        """Return the operations of the model."""
+        return count_work(self._model, (FAST_RECOMPUTED if self.has_fast_layers else PLAIN_RECOMPUTED)[self._policy])
 
     def mfu(self, batches: Iterable[Batch], seconds: float) -> float | None:
         """Return the share of the peak in per cent that a step reaches; None where no peak is known."""

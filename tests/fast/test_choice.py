@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nemo_automodel.components._peft.lora import LinearLoRA, PeftConfig
 from nemo_automodel.components.fast.linear import FusedLinear
 from nemo_automodel.components.quantization.config import CompileConfig
 from nemo_automodel.shared.errors import ConfigError, UserError
+from nemo_automodel.shared.memory_policies import RECOMPUTE_POLICIES
 
 PEFT = PeftConfig(target_modules="*_proj", dim=2)
 GPU = Machine("cuda", (9, 0), has_varlen=True, has_triton=True, has_compiler=True)
@@ -52,12 +54,51 @@ def test_on_gives_every_layer_its_fast_form(caplog, family, wish, peft):
     assert type(model.model.norm).__name__ == f"Fast{name}RMSNorm"
 
 
-@pytest.mark.parametrize("policy", ["selective", "full"])
+@pytest.mark.parametrize("policy", RECOMPUTE_POLICIES[1:])
 def test_fast_layers_recompute_by_themselves(caplog, policy):
     model, line = build(caplog, fast_layers="on", activation_checkpointing=policy)
     assert line == f"fast (2 of 2, LlamaDecoderLayer; recomputed: {policy})."
     assert [layer.fast_core.recompute for layer in model.model.layers] == [policy] * 2
     assert not model.is_gradient_checkpointing
+
+
+def test_tiles_of_the_mlp_are_named(caplog):
+    _, line = build(caplog, fast_layers="on", activation_checkpointing="full_offload", mlp_tile_tokens=4096)
+    assert line == "fast (2 of 2, LlamaDecoderLayer; recomputed: full_offload; MLP in tiles of 4096 tokens)."
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"activation_checkpointing": "sac1"},
+            "`distributed.activation_checkpointing: sac1` needs the fast decoder layers, and the model is on the cpu. "
+            "Use false, selective or full.",
+        ),
+        (
+            {"mlp_tile_tokens": 4096},
+            "`distributed.mlp_tile_tokens: 4096` needs the fast decoder layers, and the model is on the cpu. "
+            "Leave it out.",
+        ),
+    ],
+    ids=["policy", "tiles"],
+)
+def test_what_only_fast_layers_keep_is_refused_elsewhere(caplog, keywords, message):
+    with pytest.raises(UserError) as refused:
+        build(caplog, **keywords)
+    assert str(refused.value) == message
+
+
+def test_memory_that_is_shared_has_nowhere_to_go(monkeypatch):
+    shared = types.SimpleNamespace(is_integrated=True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: shared)
+    model = types.SimpleNamespace(device=torch.device("cuda:0"))
+    with pytest.raises(UserError) as refused:
+        fast_layers._memory(model, fast_layers.FastRequest("on", PEFT, "full_offload"))
+    assert str(refused.value) == (
+        "`distributed.activation_checkpointing: full_offload` moves activations to the host's memory, which this GPU "
+        "shares: it would save nothing. Use full."
+    )
 
 
 @pytest.mark.parametrize("position", ["pre", "post"])

@@ -71,15 +71,15 @@ def test_every_way_is_measured_and_agrees_with_the_plain_layer(family, measures,
 
 def test_a_fault_in_a_way_is_seen(measures, monkeypatch):
     """With one number of the update wrong, `swiglu_products: on` is refused and off is taken."""
-    from nemo_automodel.components.fast import decoder_layer
+    from nemo_automodel.components.fast import mlp
 
-    right = decoder_layer.swiglu_lora_backward
+    right = mlp.swiglu_lora_backward
 
     def wrong(dh, gate_up, update, dh_update, b, parts):
         result = right(dh, gate_up, update, dh_update, b, parts)
         return result if result is None else result * 1.01
 
-    monkeypatch.setattr(decoder_layer, "swiglu_lora_backward", wrong)
+    monkeypatch.setattr(mlp, "swiglu_lora_backward", wrong)
     model = model_of("llama", ["up_proj", "gate_proj", "down_proj"])
     trial = LayerTrial(model, model.model.layers[0], DenseStore, (2, 24))
     errors = {}
@@ -93,7 +93,7 @@ def test_a_fault_in_a_way_is_seen(measures, monkeypatch):
         gate_up[0, 0] = torch.nan
         return result
 
-    monkeypatch.setattr(decoder_layer, "swiglu_lora_backward", broken)
+    monkeypatch.setattr(mlp, "swiglu_lora_backward", broken)
     assert math.isnan(trial.question("swiglu_products", Choices(), "one").candidates["off"].error())
 
 

@@ -66,6 +66,17 @@ def test_ways_to_run(tmp_path, model_dirs, squad_dir, overrides):
     assert_same_run(plain, run(tmp_path, model_dirs("qwen2"), squad_dir, True, **{**overrides, **steps}))
 
 
+@pytest.mark.parametrize(("policy", "tile"), [("sac1", 100), ("full_offload", None), ("full_offload", 64)])
+def test_memory_policies(tmp_path, model_dirs, squad_dir, policy, tile, caplog):
+    steps = {"step_scheduler__max_steps": 20, "packed_sequence__packed_sequence_size": 160}
+    plain = run(tmp_path, model_dirs("qwen3"), squad_dir, False, **steps)
+    memory = {"distributed": {"activation_checkpointing": policy, "mlp_tile_tokens": tile}}
+    with caplog.at_level(logging.INFO, logger="nemo_automodel"):
+        assert_same_run(plain, run(tmp_path, model_dirs("qwen3"), squad_dir, True, **memory, **steps))
+    tiles = "" if tile is None else f"; MLP in tiles of {tile} tokens"
+    assert f"Decoder layers: fast (2 of 2, Qwen3DecoderLayer; recomputed: {policy}{tiles})." in caplog.messages
+
+
 def test_a_resumed_run_is_the_same_run(tmp_path, model_dirs, squad_dir):
     whole = run(tmp_path, model_dirs("llama"), squad_dir, True, "whole", step_scheduler__max_steps=12)
     run(tmp_path, model_dirs("llama"), squad_dir, True, "parts", step_scheduler__max_steps=6)

@@ -105,6 +105,12 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
         {"LARGEST": 448.0, "BLOCK": fp8._SCALE_BLOCK},
     ),
+    (
+        "fp8 to 16 bits",
+        fp8._fp8_dequantize_kernel,
+        {"x_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+        {"BLOCK": fp8._SCALE_BLOCK},
+    ),
     ("fp8 transpose", fp8._fp8_transpose_kernel, {"x_ptr": "*u8", "out_ptr": "*u8"}, {"TILE": fp8._TILE}),
     (
         "update in place",

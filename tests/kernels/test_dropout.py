@@ -20,8 +20,8 @@ STANDARD_ERRORS = 5
 GOLDEN = ["11101011110101110010010111011100", "11110010000010001011111011100011"]
 
 
-def mask(seed: int, stream: int, probability: float) -> Dropout:
-    return Dropout(torch.tensor([seed]), stream, probability)
+def mask(seed: int, stream: int, probability: float, first_row: int = 0) -> Dropout:
+    return Dropout(torch.tensor([seed]), stream, probability, first_row)
 
 
 def centred(dropout: Dropout, rows: int, cols: int) -> torch.Tensor:
@@ -80,6 +80,11 @@ def test_the_probability_is_exact_to_32_bits():
     assert factors.tolist() == [0.0, dropout.scale]
 
 
+def test_tiles_of_rows_are_under_the_mask_of_the_whole():
+    whole = mask(5, 3, 0.4).keeps(50, 33)
+    assert torch.equal(mask(5, 3, 0.4, first_row=20).keeps(30, 33), whole[20:])
+
+
 def test_the_numbers_never_change():
     """A run that is resumed under a later version must drop the same elements."""
     bits = mask(2**62 + 12345, 5, 0.5).keeps(2, 32).int()
@@ -92,7 +97,7 @@ PARTS = [((0, 3), (3, 3), (3, 8)), ((0, 70),), ((0, 40), (40, 75)), ((2, 4),)]
 
 
 def masks_for(parts, is_shared: bool) -> tuple[Dropout, ...]:
-    return tuple(mask(11 + 2**40, 4 + i, 0.3) for i in range(1 if is_shared else len(parts)))
+    return tuple(mask(11 + 2**40, 4 + i, 0.3, first_row=77) for i in range(1 if is_shared else len(parts)))
 
 
 def factors_of(parts, masks, rows: int, cols: int) -> list[torch.Tensor]:
@@ -169,7 +174,7 @@ def test_swiglu(run, dtype, position, shape, rank, monkeypatch):
     b[:width, :rank], b[width:, rank : 2 * rank] = torch.randn(width, rank) * 0.3, torch.randn(width, rank) * 0.3
     a[:rank] = torch.randn(rank, width) * 0.1
     a, b, dh = a.to(dtype), b.to(dtype), torch.randn(shape).to(dtype)
-    over_h, over_gate_up = mask(5, 13, 0.4), mask(5, 8, 0.4)
+    over_h, over_gate_up = mask(5, 13, 0.4, 9), mask(5, 8, 0.4, 9)
     ones = torch.ones(rows, 2 * width, dtype=torch.float64)
     h_factors = over_h.apply(ones[:, :width]) if position == "pre" else ones[:, :width]
     gate_up_factors = over_gate_up.apply(ones) if position == "post" else ones

@@ -90,3 +90,22 @@ def test_transposed_bytes(run, shape):
     out = torch.zeros(shape[::-1], dtype=torch.uint8).view(torch.float8_e4m3fn)
     run(x, out)
     assert torch.equal(out.view(torch.uint8), x.view(torch.uint8).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 130), (5, 4103)])
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(fp8.dequantize_rows_reference, id="torch"),
+        pytest.param(fp8.dequantize_rows_triton, id="triton", marks=needs_triton),
+    ],
+)
+def test_rows_made_wide_again(run, dtype, shape):
+    """One rounding, from the bytes and scales themselves."""
+    torch.manual_seed(3)
+    rounded = fp8.Rounded(*fp8.quantize_rows(torch.randn(shape)))
+    out = in_wider_buffer(torch.full(shape, float("nan")).to(dtype), 3)
+    run(rounded, out)
+    wanted = rounded.data_MK.double() * rounded.scale_M1.double()
+    torch.testing.assert_close(out.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-7)

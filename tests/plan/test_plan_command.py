@@ -95,7 +95,7 @@ def test_full_training_that_does_not_fit_is_offered_a_smaller_optimizer(
 ):
     pytest.importorskip("bitsandbytes")
     (tmp_path / "big" / "config.json").write_text(
-        json.dumps({**LLAMA_8B, "num_hidden_layers": 20 if batch == 1 else 46})
+        json.dumps({**LLAMA_8B, "num_hidden_layers": 20 if batch == 1 else 47})
     )
     path = recipe(step_scheduler__global_batch_size=batch, step_scheduler__local_batch_size=1, optimizer=optimizer)
     status, found = plan(capsys, path, "--seq-len", "1024", "--gpu", gpu)
@@ -110,3 +110,28 @@ def test_full_training_that_does_not_fit_is_offered_a_smaller_optimizer(
     status, found = plan(capsys, path, *words, "--seq-len", "1024", "--gpu", gpu)
     assert status == 0, "the words can be given back"
     assert found["fits"]
+
+
+def test_a_long_row_whose_inputs_wait_on_the_host(recipe, capsys):
+    """2 bytes · 4096 · 32 layers · 131,072 tokens, beside a peak that tiles keep in bounds."""
+    path = recipe(
+        peft=PEFT, step_scheduler__local_batch_size=1, distributed={"activation_checkpointing": "full_offload"}
+    )
+    status, found = plan(capsys, path, "--seq-len", "131072")
+    assert status == 0
+    assert "The host holds 32.0 GiB of activations, page-locked." in found["notes"]
+    _, whole = plan(capsys, path, "--distributed.mlp_tile_tokens", "131072", "--seq-len", "131072")
+    assert whole["needed_gib"] - found["needed_gib"] > 2 * 14336 * 131072 / 2**30  # gate or up, and more
+
+
+def test_what_only_fast_layers_keep_is_refused_as_the_run_refuses_it(recipe, capsys):
+    path = recipe(peft=PEFT, model__force_hf=True, distributed={"activation_checkpointing": "sac1"})
+    assert main(["plan", path]) != 0
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(
+            "`distributed.activation_checkpointing: sac1` needs the fast decoder layers, and `force_hf: true`. "
+            "Use false, selective or full."
+        )
+    )

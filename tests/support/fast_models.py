@@ -42,13 +42,18 @@ def plain_model(
 
 
 def fast_model(
-    family: str, peft: PeftConfig, dtype: torch.dtype = torch.float64, recompute: str = "none", **overrides: object
+    family: str,
+    peft: PeftConfig,
+    dtype: torch.dtype = torch.float64,
+    recompute: str = "none",
+    mlp_tile_tokens: int | None = None,
+    **overrides: object,
 ) -> transformers.PreTrainedModel:
     """Return the model that `plain_model` returns, with fast layers."""
     model = plain_model(family, peft, dtype, **overrides)
     for module in model.modules():
         module.__dict__.pop("forward", None)
-    assert use_fast_layers(model, FastRequest("on", peft, recompute))
+    assert use_fast_layers(model, FastRequest("on", peft, recompute, mlp_tile_tokens))
     return model
 
 
@@ -67,11 +72,17 @@ def full_model(family: str, dtype: torch.dtype = torch.float64, frozen: str = ""
     return model.train()
 
 
-def trained_model(family: str, dtype: torch.dtype = torch.float64, recompute: str = "none", **more: object):
+def trained_model(
+    family: str,
+    dtype: torch.dtype = torch.float64,
+    recompute: str = "none",
+    mlp_tile_tokens: int | None = None,
+    **more: object,
+):
     model = full_model(family, dtype, **more)
     for module in model.modules():
         module.__dict__.pop("forward", None)
-    assert use_fast_layers(model, FastRequest("on", None, recompute))
+    assert use_fast_layers(model, FastRequest("on", None, recompute, mlp_tile_tokens))
     return model
 
 

@@ -83,6 +83,12 @@ def test_selective_recomputation_repeats_gate_and_up():
     assert per_token(extra) == pytest.approx(2 * 32 * 2 * 4096 * 14336 / 1e9, rel=1e-9)
 
 
+def test_sac1_repeats_queries_keys_and_values_as_well():
+    model = make("LlamaConfig 8B")
+    extra = count_work(model, "qkv_gate_up").hardware(ROW) - count_work(model, "gate_up").hardware(ROW)
+    assert per_token(extra) == pytest.approx(2 * 32 * 4096 * (4096 + 2 * 1024) / 1e9, rel=1e-9)
+
+
 def test_layers_below_the_lowest_adapter_only_run_forward():
     work = count_work(make("LlamaConfig 8B", targets="model.layers.(2[0-9]|3[01]).*_proj"))
     layer = 6.979321856e9 / 32
@@ -117,7 +123,7 @@ def test_gpt2s_own_linear_layer_counts():
     assert (work.head, work.head_is_trained, work.attention) == (32 * 300, True, 2 * 32)
 
 
-@pytest.mark.parametrize("recomputed", ["none", "gate_up", "all_but_down"])
+@pytest.mark.parametrize("recomputed", ["none", "gate_up", "qkv_gate_up", "all_but_down"])
 @pytest.mark.parametrize("lora", [True, False])
 def test_the_plan_of_a_run_counts_the_same(lora: bool, recomputed: str):
     from dataclasses import replace
@@ -129,7 +135,7 @@ def test_the_plan_of_a_run_counts_the_same(lora: bool, recomputed: str):
     from nemo_automodel.components.plan.workload import Workload
 
     model = make("Qwen3Config 8B", lora)
-    policy = {"none": "none", "gate_up": "selective", "all_but_down": "full"}[recomputed]
+    policy = {"none": "none", "gate_up": "sac2", "qkv_gate_up": "sac1", "all_but_down": "full_offload"}[recomputed]
     shape = shape_of(Outline(model, ModelOptions(), None), "x")
     load = Workload(shape, rows=1, seq_len=SEQ_LEN, grad_accum=1, is_full=not lora, recompute=policy)
     planned = estimate(load, replace(machine("h100"), bf16_tflops=1.0, attention_tflops=1.0))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_automodel.shared.errors import ConfigError, did_you_mean
+from nemo_automodel.shared.memory_policies import RECOMPUTE_POLICIES
 
 STRATEGIES = ("fsdp2", "megatron_fsdp", "megatron-fsdp", "mfsdp", "ddp")
 
@@ -31,7 +32,10 @@ class DistributedConfig:
     cp_size: int | None = 1
     ep_size: int | None = 1
     activation_checkpointing: bool | str = False
-    """``false``, ``true`` or ``full`` (every layer is recomputed), ``selective`` (matrix products are kept)."""
+    """``false``, ``true`` or ``full`` (every layer is recomputed), ``selective`` (matrix products are kept), or, of
+    fast layers only, ``fp8_gate_up``, ``sac2``, ``sac1``, ``full_offload``."""
+    mlp_tile_tokens: int | None = None
+    """Tokens that the MLP of a fast layer works on at a time; null: all."""
     activation_checkpointing_scope: str | list[str] = "all"
     sequence_parallel: bool = False
     tp_plan: Any = None
@@ -81,17 +85,20 @@ class DistributedConfig:
                 f"Known: {', '.join(STRATEGIES)}."
             )
         self.recompute_policy()
+        tile = self.mlp_tile_tokens
+        if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 1):
+            raise ConfigError(f"`distributed.mlp_tile_tokens: {tile}` is not a number of tokens. Use 1 or more.")
 
     def recompute_policy(self) -> str:
-        """Return ``none``, ``selective`` or ``full`` for every spelling of ``activation_checkpointing``."""
+        """Return the name of a policy (`shared.memory_policies`) for every spelling of ``activation_checkpointing``."""
         spelling = str(self.activation_checkpointing).lower()
         if spelling in ("false", "off", "no", "disabled", "none"):
             return "none"
         if spelling in ("true", "on", "yes", "enabled", "full"):
             return "full"
-        if spelling == "selective":
-            return "selective"
+        if spelling in RECOMPUTE_POLICIES:
+            return spelling
         raise ConfigError(
             f"`distributed.activation_checkpointing: {self.activation_checkpointing}` is not known. "
-            "Use false, selective or full."
+            "Use false, selective or full, or on fast layers fp8_gate_up, sac2, sac1 or full_offload."
         )

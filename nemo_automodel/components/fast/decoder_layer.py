@@ -4,8 +4,8 @@ Forward: norm → packed QKV → bias, q/k norm and RoPE in place → attention 
 pass → packed gate and up → SwiGLU → down projection with the residual in its accumulator. Kept for the backward pass
 are the layer's input, the middle of the residual stream, the finished queries, keys and values, the output of
 attention, gate and up, and a few numbers a token: about 92 KB a token on an 8B model, a third of what automatic
-differentiation keeps. Norm outputs and the SwiGLU product are made again on the way back by kernels that read their
-inputs anyway.
+differentiation keeps, or less as `policies` says. Norm outputs and the SwiGLU product are made again on the way back by
+kernels that read their inputs anyway. The half behind the middle of the stream is in `mlp`.
 
 Backward: gradients of gate and up overwrite them, attention's gradients are read in the layout they come in, and
 nothing is computed that nobody needs: below the lowest adapter there is no gradient. So it runs once; a second backward
@@ -27,100 +27,55 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nemo_automodel.components.fast.attention import (
+    Attention,
+    AttentionGraph,
+    ChooseAttention,
+    attention_by_mask,
+    causal_attention,
+)
 from nemo_automodel.components.fast.choices import DEFAULT, Choices
 from nemo_automodel.components.fast.dora import Rescaled, RowScales
 from nemo_automodel.components.fast.dropout import AdapterDropout
+from nemo_automodel.components.fast.mlp import MlpPart, MlpSaved
 from nemo_automodel.components.fast.names import GROUPS, Adapter, Slot, slots_of
+from nemo_automodel.components.fast.policies import Memory
 from nemo_automodel.components.fast.spec import DecoderSpec, read_spec
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.kernels.norm import rms_norm, rms_norm_backward
 from nemo_automodel.kernels.rope import QKVLayout, rotate_qkv, rotate_qkv_backward
-from nemo_automodel.kernels.swiglu_lora import swiglu_lora, swiglu_lora_backward
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""(q ``[B, H, S, E]``, k and v ``[B, K, S, E]``, scale) → ``[B, H, S, E]``; differentiable by autograd."""
-
-ChooseAttention = Callable[[nn.Module, torch.Tensor | None], Attention | None]
-"""(a layer's attention module, its mask) → what to compute; None where Hugging Face's own modules must."""
 
 MakeStore = Callable[[Sequence[Slot]], WeightStore]
 """(the linear layers of a packed matrix) → what keeps it; the class of a store is one."""
 
-# cuDNN is 1.7 times as fast as the next on Hopper (543 against 304 TFLOP/s forward, measured on an H100)
-_BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 _FAST_CLASSES: dict[type[nn.Module], type[FastDecoderLayer]] = {}
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attend to all earlier positions; keys and values are not repeated for their group of queries."""
-    return _sdpa(q, k, v, scale, None)
+@dataclass
+class _Qkv:
+    """Queries, keys and values of a pass: finished ones, raw ones beside them under a query/key norm."""
 
+    qkv_TW: torch.Tensor
+    qk_TX: torch.Tensor
+    qk_rstd: torch.Tensor | None
 
-def causal_attention_by(name: str, only: bool = False) -> Attention:
-    """Return `causal_attention` with the SDPA backend ``name`` first, or with no other.
-
-    ``name`` is ``cudnn``, ``flash``, ``efficient`` or ``math``.
-    """
-    backends = [_BACKENDS[name], *(() if only else (b for n, b in _BACKENDS.items() if n != name))]
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        return _sdpa(q, k, v, scale, None, backends)
-
-    return attend
-
-
-def masked_attention(mask: torch.Tensor) -> Attention:
-    """Return attention under a mask ``[B, 1, S, S]``, bool or additive."""
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        if q.is_cuda:  # the backends that take a mask want as many keys as queries
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return _sdpa(q, k, v, scale, mask)
-
-    return attend
-
-
-def attention_by_mask(module: nn.Module, mask: torch.Tensor | None) -> Attention:
-    """Return causal attention without a mask, else attention under it."""
-    return causal_attention if mask is None else masked_attention(mask)
-
-
-def _sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-    backends: Sequence[SDPBackend] = tuple(_BACKENDS.values()),
-) -> torch.Tensor:
-    with sdpa_kernel(list(backends), set_priority=True):
-        return nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    def matrices(self) -> list[torch.Tensor]:
+        """Return the memory they lie in."""
+        return [self.qkv_TW] if self.qk_rstd is None else [self.qkv_TW, self.qk_TX]
 
 
 @dataclass
 class _Saved:
-    """What a forward pass keeps for the way back. Graph: attention's inputs and output, with autograd's memory."""
+    """What a forward pass keeps for the way back."""
 
     rstd1_T: torch.Tensor
-    rstd2_T: torch.Tensor
     raw_TW: torch.Tensor | None
     qk_rstd: torch.Tensor | None
-    graph: tuple[list[torch.Tensor], torch.Tensor]
-    x_mid_TD: torch.Tensor
-    gate_up_TM: torch.Tensor | None
+    graph: AttentionGraph
     low_qkv: torch.Tensor | None
     low_o: torch.Tensor | None
-    low_gate_up: torch.Tensor | None
-    low_down: torch.Tensor | None
+    mlp: MlpSaved
 
 
 @dataclass(frozen=True)
@@ -134,23 +89,21 @@ class _Call:
     attention: Attention
 
 
-class DecoderCore:
-    """The computation of one layer over packed weights. ``recompute`` is none, selective or full.
-
-    Selective makes gate and up again in the backward pass, full everything but the layer's input.
-    """
+class DecoderCore(MlpPart):
+    """The computation of one layer over packed weights. ``memory`` says what it keeps for the backward pass."""
 
     def __init__(
         self,
         layer: nn.Module,
         adapters: dict[nn.Module, Adapter],
-        recompute: str = "none",
+        memory: Memory | None = None,
         store: MakeStore = DenseStore,
         choices: Choices = DEFAULT,
         dropout: AdapterDropout | None = None,
     ) -> None:
         self.spec: DecoderSpec = read_spec(layer)
-        self.recompute, self.choices, self.dropout = recompute, choices, dropout
+        self.memory = memory or Memory()
+        self.recompute, self.choices, self.dropout = self.memory.recompute, choices, dropout
         slots = slots_of(layer, adapters)
         self.qkv, self.o = store(slots["qkv"]), store(slots["o"])
         self.gate_up, self.down = store(slots["gate_up"]), store(slots["down"])
@@ -162,7 +115,7 @@ class DecoderCore:
         }
         assert not (self._row_scales and dropout), "DoRA under masks is the plain path's"
         self._norm1: Any = layer.input_layernorm
-        self._norm2: Any = layer.post_attention_layernorm
+        self._norm2 = layer.post_attention_layernorm
         attention: Any = layer.self_attn
         self._head_norms = (attention.q_norm, attention.k_norm) if self.spec.has_qk_norm else None
 
@@ -197,70 +150,50 @@ class DecoderCore:
         """Return the layer's output ``[T, D]`` and, if asked, what `backward` needs."""
         for store in self.stores:
             store.prepare()
-        return self._run(x_TD, call, keeps)
+        x_mid_TD, saved = self._attention_part(x_TD, call, keeps)
+        y_TD, mlp = self._mlp(x_mid_TD, x_TD, keeps)
+        if saved is not None:
+            saved.mlp = mlp
+        return y_TD, saved
 
-    def _run(
-        self, x_TD: torch.Tensor, call: _Call, keeps: bool, wants_output: bool = True
-    ) -> tuple[torch.Tensor, _Saved | None]:
-        eps, num_tokens = self.spec.norm_eps, x_TD.shape[0]
-        x1_TM = self.qkv.input_buffer(num_tokens)
-        x1 = self.qkv.room_for_rounded(num_tokens)
-        _, rstd1_T = rms_norm(x_TD, self._norm1.weight, eps, out_TD=x1_TM[:, : self.qkv.num_in], rounded=x1)
-        low_qkv = self.qkv.low(x1_TM)
-        qkv_TW = self.qkv.forward(x1_TM, low_qkv, x1)[:, : self.qkv.num_out]
-        del x1_TM, x1
-        qk_TX, qk_rstd = rotate_qkv(qkv_TW, call.cos, call.sin, self._layout())
-        graph = self._attend(qk_TX, qkv_TW, call, keeps)
-        attended_TX = self._flat(graph[1].detach())
+    def again(self, x_TD: torch.Tensor, call: _Call) -> _Saved:
+        """Return what `backward` needs of a layer that kept its input only; the MLP is made again there."""
+        x_mid_TD, saved = self._attention_part(x_TD, call, keeps=True)
+        assert saved is not None
+        saved.mlp = self._mlp_again(x_mid_TD, x_TD)
+        return saved
+
+    def _attention_part(self, x_TD: torch.Tensor, call: _Call, keeps: bool) -> tuple[torch.Tensor, _Saved | None]:
+        """Return the middle of the residual stream, x not added yet, and what is kept but for the MLP's share."""
+        qkv, rstd1_T, low_qkv = self._make_qkv(x_TD, call, None)
+        forgets = qkv.matrices() if keeps and not self.policy.keeps_qkv else ()
+        graph = AttentionGraph(call.attention, self._heads(qkv, call), self.spec.attention_scale, keeps, forgets)
+        raw_TW, qk_rstd = (None, None) if forgets or qkv.qk_rstd is None else (qkv.qkv_TW, qkv.qk_rstd)
+        del qkv, forgets
+        attended_TX = self._flat(graph.out_BHSE.detach())
         low_o = self.o.low(attended_TX)
         x_mid_TD = self.o.forward(attended_TX, low_o)[:, : self.o.num_out]
-        x2_TM = self.gate_up.input_buffer(num_tokens)
-        x2, to_TD = self.gate_up.room_for_rounded(num_tokens), x2_TM[:, : self.gate_up.num_in]
-        _, rstd2_T = rms_norm(x_mid_TD, self._norm2.weight, eps, residual_TD=x_TD, out_TD=to_TD, rounded=x2)
-        low_gate_up = self.gate_up.low(x2_TM)
-        gate_up_TM = self.gate_up.forward_pending(x2_TM, low_gate_up, x2)
-        del x2_TM, x2, to_TD
-        h_TM, update = self.down.input_buffer(num_tokens), self.gate_up.pending(low_gate_up)
-        a_RF = self.down.a_RK if self.choices.swiglu_products else None
-        low_down = swiglu_lora(
-            gate_up_TM[:, : self.gate_up.num_out],
-            h_TM[:, : self.down.num_in],
-            update,
-            a_RF,
-            self.down.rank,
-            self.down.input_mask,
-        )
-        low_down = self.down.low(h_TM) if low_down is None else low_down
-        # when a layer is recomputed nobody asks for its output: a fifth of the products is left out
-        y_TD = self.down.forward_added(x_mid_TD, h_TM, low_down) if wants_output else x_mid_TD
         if not keeps:
-            return y_TD, None
-        return y_TD, _Saved(
-            rstd1_T=rstd1_T,
-            rstd2_T=rstd2_T,
-            raw_TW=None if qk_rstd is None else qkv_TW,
-            qk_rstd=qk_rstd,
-            graph=graph,
-            x_mid_TD=x_mid_TD,
-            gate_up_TM=None if self.recompute == "selective" else gate_up_TM,
-            low_qkv=low_qkv,
-            low_o=low_o,
-            low_gate_up=low_gate_up,
-            low_down=low_down,
-        )
+            return x_mid_TD, None
+        return x_mid_TD, _Saved(rstd1_T, raw_TW, qk_rstd, graph, low_qkv, low_o, MlpSaved(x_mid_TD))
 
-    def _attend(
-        self, qk_TX: torch.Tensor, qkv_TW: torch.Tensor, call: _Call, keeps: bool
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _make_qkv(
+        self, x_TD: torch.Tensor, call: _Call, low_qkv: torch.Tensor | None
+    ) -> tuple[_Qkv, torch.Tensor, torch.Tensor | None]:
+        """Return queries, keys and values, 1/rms of the norm before them, and the adapters' product, unless given."""
+        qkv, num_tokens = self.qkv, x_TD.shape[0]
+        x1_TM, x1 = qkv.input_buffer(num_tokens), qkv.room_for_rounded(num_tokens)
+        to_TD = x1_TM[:, : qkv.num_in]
+        _, rstd1_T = rms_norm(x_TD, self._norm1.weight, self.spec.norm_eps, out_TD=to_TD, rounded=x1)
+        low_qkv = qkv.low(x1_TM) if low_qkv is None else low_qkv
+        qkv_TW = qkv.forward(x1_TM, low_qkv, x1)[:, : qkv.num_out]
+        return _Qkv(qkv_TW, *rotate_qkv(qkv_TW, call.cos, call.sin, self._layout())), rstd1_T, low_qkv
+
+    def _heads(self, qkv: _Qkv, call: _Call) -> list[torch.Tensor]:
         spec = self.spec
         split = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim]
-        parts = [*torch.split(qk_TX, split, dim=1), qkv_TW[:, sum(split) :]]
-        heads = [
-            part.view(call.num_rows, call.seq_len, -1, spec.head_dim).transpose(1, 2).detach().requires_grad_(keeps)
-            for part in parts
-        ]
-        with torch.set_grad_enabled(keeps):
-            return heads, call.attention(heads[0], heads[1], heads[2], spec.attention_scale)
+        parts = [*torch.split(qkv.qk_TX, split, dim=1), qkv.qkv_TW[:, sum(split) :]]
+        return [part.view(call.num_rows, call.seq_len, -1, spec.head_dim).transpose(1, 2) for part in parts]
 
     @staticmethod
     def _flat(x_BHSE: torch.Tensor) -> torch.Tensor:
@@ -287,75 +220,35 @@ class DecoderCore:
         """Return the gradient of the input (None unless wanted) and those of `parameters`. ``saved`` is used up."""
         wants_attention = wants_dx or self.qkv.has_adapters
         wants_mid = wants_attention or self.o.has_adapters
-        dx_mid_TM, mlp_grads = self._mlp_backward(dy_TD, saved, wants_mid)
+        dx_mid_TM, mlp_grads = self._mlp_backward(dy_TD, saved.mlp, wants_mid)
+        del saved.mlp
         if dx_mid_TM is None:
             return None, mlp_grads
-        heads, attended = saved.graph
         dlow_o = self.o.low_grad(dx_mid_TM)
-        o_grads = self.o.adapter_grads(self._flat(attended.detach()), dx_mid_TM, saved.low_o, dlow_o)
+        o_grads = self.o.adapter_grads(self._flat(saved.graph.out_BHSE.detach()), dx_mid_TM, saved.low_o, dlow_o)
         if not wants_attention:
             return None, [*o_grads, *mlp_grads]
-        dattended_TX = self.o.dgrad(dx_mid_TM, dlow_o)
-        shape = (call.num_rows, call.seq_len, self.spec.num_heads, self.spec.head_dim)
-        dq, dk, dv = torch.autograd.grad(attended, heads, dattended_TX.view(shape).transpose(1, 2))
-        del heads, attended, dattended_TX
-        saved.graph = ([], dq)
         dqkv_TM = self.qkv.output_buffer(dy_TD.shape[0])
-        rotate_qkv_backward(
-            dq, dk, dv, call.cos, call.sin, self._layout(), dqkv_TM, raw_TW=saved.raw_TW, rstd_TC=saved.qk_rstd
-        )
-        saved.graph = ([], dqkv_TM)
-        del dq, dk, dv
+        self._attention_backward(self.o.dgrad(dx_mid_TM, dlow_o), dqkv_TM, x_TD, call, saved)
         dx_TD, qkv_grads = self._qkv_backward(dqkv_TM, x_TD, dx_mid_TM[:, : self.o.num_out], saved, wants_dx)
         return dx_TD, [*qkv_grads, *o_grads, *mlp_grads]
 
-    def _mlp_backward(
-        self, dy_TD: torch.Tensor, saved: _Saved, wants_mid: bool
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Return the gradient of the middle of the residual stream, in a buffer for `o`, and of the MLP's adapters."""
-        gate_up, down, num_tokens = self.gate_up, self.down, dy_TD.shape[0]
-        if not (wants_mid or gate_up.has_adapters or down.has_adapters):
-            return None, []
-        gate_up_TM = saved.gate_up_TM
-        if gate_up_TM is None:
-            gate_up_TM = self._gate_up_again(saved)
-        gate_up_TG = gate_up_TM[:, : gate_up.num_out]
-        dy_TM = dy_TD
-        if down.margin and self.choices.down_in_depth:
-            dy_TM = down.output_buffer(num_tokens)
-            dy_TM[:, : down.num_out] = dy_TD
-        dlow_down = down.low_grad(dy_TM)
-        dh_TF, dh_update = down.dgrad_pending(dy_TM, dlow_down)
-        b_GR = gate_up.b_NR if self.choices.swiglu_products else None
-        update = gate_up.pending(saved.low_gate_up)
-        dlow_gate_up = swiglu_lora_backward(dh_TF, gate_up_TG, update, dh_update, b_GR, gate_up.rank_parts)
-        # now dh_TF holds the SwiGLU product, gate_up_TG its gradients
-        down_grads = down.adapter_grads(dh_TF, dy_TM, saved.low_down, dlow_down)
-        del dh_TF, dy_TM
-        if not (wants_mid or gate_up.has_adapters):
-            return None, down_grads
-        dlow_gate_up = gate_up.low_grad(gate_up_TM) if dlow_gate_up is None else dlow_gate_up
-        dx2_TD = gate_up.dgrad(gate_up_TM, dlow_gate_up)
-        dx_mid_TM = self.o.output_buffer(num_tokens)
-        x2_TD = torch.empty_like(dx2_TD)
-        rms_norm_backward(
-            dx2_TD,
-            saved.x_mid_TD,
-            self._norm2.weight,
-            saved.rstd2_T,
-            residual_grad_TD=dy_TD,
-            out_TD=dx_mid_TM[:, : self.o.num_out],
-            y_TD=x2_TD if gate_up.has_adapters else None,
+    def _attention_backward(
+        self, dattended_TX: torch.Tensor, dqkv_TM: torch.Tensor, x_TD: torch.Tensor, call: _Call, saved: _Saved
+    ) -> tuple[torch.Tensor, ...]:
+        """Write the gradient of the packed projection to ``dqkv_TM``; return those of finished queries and keys."""
+        if saved.graph.lacks_heads:
+            qkv, _, _ = self._make_qkv(x_TD, call, saved.low_qkv)
+            saved.graph.put_back(qkv.matrices())
+            saved.raw_TW, saved.qk_rstd = (None if qkv.qk_rstd is None else qkv.qkv_TW), qkv.qk_rstd
+            del qkv
+        shape = (call.num_rows, call.seq_len, self.spec.num_heads, self.spec.head_dim)
+        dq, dk, dv = saved.graph.grads(dattended_TX.view(shape).transpose(1, 2))
+        del saved.graph, dattended_TX
+        rotate_qkv_backward(
+            dq, dk, dv, call.cos, call.sin, self._layout(), dqkv_TM, raw_TW=saved.raw_TW, rstd_TC=saved.qk_rstd
         )
-        gate_up_grads = gate_up.adapter_grads(x2_TD, gate_up_TM, saved.low_gate_up, dlow_gate_up)
-        saved.gate_up_TM = None
-        return dx_mid_TM if wants_mid else None, [*gate_up_grads, *down_grads]
-
-    def _gate_up_again(self, saved: _Saved) -> torch.Tensor:
-        x2_TM = self.gate_up.input_buffer(saved.x_mid_TD.shape[0])
-        x2, to_TD = self.gate_up.room_for_rounded(len(x2_TM)), x2_TM[:, : self.gate_up.num_in]
-        rms_norm(saved.x_mid_TD, self._norm2.weight, self.spec.norm_eps, out_TD=to_TD, rounded=x2)
-        return self.gate_up.forward_pending(x2_TM, saved.low_gate_up, x2)
+        return dq, dk
 
     def _qkv_backward(
         self, dqkv_TM: torch.Tensor, x_TD: torch.Tensor, dx_mid_TD: torch.Tensor, saved: _Saved, wants_dx: bool
@@ -377,8 +270,10 @@ class DecoderCore:
 class _DecoderLayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, core: DecoderCore, call: _Call, *weights: torch.Tensor) -> torch.Tensor:
-        y_TD, saved = core.forward(x_TD, call, keeps=core.recompute != "full")
-        ctx.save_for_backward(x_TD)
+        ctx.host_copy = core.memory.host.put(x_TD) if core.policy.offloads else None
+        y_TD, saved = core.forward(x_TD, call, keeps=core.policy.keeps_layer)
+        if ctx.host_copy is None:
+            ctx.save_for_backward(x_TD)
         # not through `save_for_backward`: it would free them only with the graph, and they are overwritten on purpose
         ctx.core, ctx.call, ctx.saved, ctx.is_used = core, call, saved, False
         return y_TD
@@ -391,10 +286,10 @@ class _DecoderLayerFunction(torch.autograd.Function):
                 "again, or load the model with `force_hf: true`."
             )
         ctx.is_used = True
-        (x_TD,) = ctx.saved_tensors
-        saved, ctx.saved = ctx.saved, None
+        x_TD = ctx.saved_tensors[0] if ctx.host_copy is None else ctx.core.memory.host.take(ctx.host_copy)
+        saved, ctx.saved, ctx.host_copy = ctx.saved, None, None
         if saved is None:
-            _, saved = ctx.core._run(x_TD, ctx.call, keeps=True, wants_output=False)
+            saved = ctx.core.again(x_TD, ctx.call)
         dx_TD, grads = ctx.core.backward(grad_outputs[0].contiguous(), x_TD, ctx.call, saved, ctx.needs_input_grad[0])
         return dx_TD, None, None, *grads
 
@@ -449,7 +344,7 @@ class FastDecoderLayer(nn.Module):
 def speed_up(
     layer: nn.Module,
     adapters: dict[nn.Module, Adapter],
-    recompute: str = "none",
+    memory: Memory | None = None,
     store: MakeStore = DenseStore,
     choices: Choices = DEFAULT,
     choose_attention: ChooseAttention = attention_by_mask,
@@ -458,15 +353,16 @@ def speed_up(
 ) -> None:
     """Exchange the class of a Hugging Face decoder layer for its fast form, in place.
 
-    ``adapters`` maps linear layers, of this layer or others, to what is on them. ``store`` keeps the base weights,
-    ``choices`` are between ways that differ in speed only. ``choose_attention`` is asked in every call. ``dropout`` is
+    ``adapters`` maps linear layers, of this layer or others, to what is on them. ``memory`` is what layers keep for the
+    backward pass, one for all layers of a model. ``store`` keeps the base weights, ``choices`` are between ways that
+    differ in speed only. ``choose_attention`` is asked in every call. ``dropout`` is
     on the adapters, while the layer is in training mode. ``core`` is another for layers whose own weights learn
     (`trained_layer`).
 
     Raises:
         UnfitError: the layer computes something that the fast form does not; it is as it was.
     """
-    layer.fast_core = core(layer, adapters, recompute, store, choices, dropout)  # type: ignore[assignment]
+    layer.fast_core = core(layer, adapters, memory, store, choices, dropout)  # type: ignore[assignment]
     layer.choose_attention = choose_attention  # type: ignore[assignment]
     base = type(layer)
     if base not in _FAST_CLASSES:

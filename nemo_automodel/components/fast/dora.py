@@ -70,6 +70,10 @@ class Rescaled:
         """Everything that no scale changes is the store's."""
         return getattr(self.store, name)
 
+    def from_row(self, first_row: int) -> Rescaled:
+        """Return what computes the rows of inputs from ``first_row`` on: the same."""
+        return self
+
     @property
     def b_NR(self) -> torch.Tensor | None:
         """Nothing: gradients must be scaled before anybody multiplies them with B."""

@@ -15,7 +15,7 @@ Shapes: as in `weight_store`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,13 @@ class Dropped:
     def input_mask(self) -> Dropout | None:
         """The mask over the inputs of a store of one layer."""
         return None if self.is_post else self.masks[0]
+
+    def from_row(self, first_row: int) -> Dropped:
+        """Return the store under the same masks for the rows of inputs from ``first_row`` on."""
+        if first_row == 0:
+            return self
+        masks = tuple(replace(mask, first_row=first_row) for mask in self.masks)
+        return Dropped(self.store, masks, self.is_post)
 
     def low(self, x_TM: torch.Tensor) -> torch.Tensor | None:
         """Return x·Aᵀ; see `WeightStore.low`."""

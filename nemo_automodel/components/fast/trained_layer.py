@@ -22,11 +22,12 @@ from torch import nn
 from nemo_automodel.components.fast.choices import DEFAULT, Choices
 from nemo_automodel.components.fast.decoder_layer import DecoderCore, MakeStore, _Call, _Saved
 from nemo_automodel.components.fast.dropout import AdapterDropout
+from nemo_automodel.components.fast.mlp import MlpSaved, MlpTile
 from nemo_automodel.components.fast.names import Adapter
+from nemo_automodel.components.fast.policies import Memory
 from nemo_automodel.components.fast.weight_store import DenseStore
 from nemo_automodel.kernels.norm import rms_norm, rms_norm_backward
 from nemo_automodel.kernels.norm_grad import head_norm_grads, norm_weight_grad
-from nemo_automodel.kernels.rope import rotate_qkv_backward
 from nemo_automodel.kernels.swiglu_lora import swiglu_lora_backward
 from nemo_automodel.kernels.weight_grad import add_grad, add_product_grad, tell_complete
 
@@ -73,13 +74,13 @@ class TrainedCore(DecoderCore):
         self,
         layer: nn.Module,
         adapters: dict[nn.Module, Adapter],
-        recompute: str = "none",
+        memory: Memory | None = None,
         store: MakeStore = TrainedStore,
         choices: Choices = DEFAULT,
         dropout: AdapterDropout | None = None,
     ) -> None:
         assert not adapters, "a layer learns by adapters or by its own weights"
-        super().__init__(layer, adapters, recompute, store, choices, dropout)
+        super().__init__(layer, adapters, memory, store, choices, dropout)
 
     def parameters(self) -> list[torch.Tensor]:
         """Return all that learns. `backward` adds to their gradients itself and returns none."""
@@ -103,49 +104,58 @@ class TrainedCore(DecoderCore):
         trains_head_norms = any(norm.weight.requires_grad for norm in self._head_norms or ())
         wants_qkv = wants_dx or self._norm1.weight.requires_grad or trains_head_norms or bool(self.qkv.trained())
         wants_mid = wants_qkv or self.o.trains_weights
-        dx_mid_TD = self._train_mlp(dy_TD, saved, wants_mid)
+        dx_mid_TD = self._train_mlp(dy_TD, saved.mlp, wants_mid)
+        del saved.mlp
         if dx_mid_TD is None:
             return None
-        heads, attended = saved.graph
         if self.o.trains_weights:
-            self.o.add_grads(self._flat(attended.detach()), dx_mid_TD)
+            self.o.add_grads(self._flat(saved.graph.out_BHSE.detach()), dx_mid_TD)
         if not wants_qkv:
             return None
-        dattended_TX = self.o.dgrad(dx_mid_TD, None)
-        shape = (call.num_rows, call.seq_len, self.spec.num_heads, self.spec.head_dim)
-        dq, dk, dv = torch.autograd.grad(attended, heads, dattended_TX.view(shape).transpose(1, 2))
-        del heads, attended, dattended_TX
-        saved.graph = ([], dq)
-        dqkv_TW, layout = self.qkv.output_buffer(dy_TD.shape[0]), self._layout()
-        rotate_qkv_backward(dq, dk, dv, call.cos, call.sin, layout, dqkv_TW, raw_TW=saved.raw_TW, rstd_TC=saved.qk_rstd)
+        dqkv_TW = self.qkv.output_buffer(dy_TD.shape[0])
+        dq, dk = self._attention_backward(self.o.dgrad(dx_mid_TD, None), dqkv_TW, x_TD, call, saved)
         if trains_head_norms:
             assert saved.raw_TW is not None
             assert saved.qk_rstd is not None
-            grads = head_norm_grads(dq, dk, call.cos, call.sin, layout, saved.raw_TW, saved.qk_rstd)
+            grads = head_norm_grads(dq, dk, call.cos, call.sin, self._layout(), saved.raw_TW, saved.qk_rstd)
             self._add_norm_grads(self._head_norms or (), grads)
-        saved.graph, saved.raw_TW = ([], dqkv_TW), None
-        del dq, dk, dv
+        saved.raw_TW = None
+        del dq, dk
         return self._train_qkv(dqkv_TW, x_TD, dx_mid_TD, saved, wants_dx)
 
-    def _train_mlp(self, dy_TD: torch.Tensor, saved: _Saved, wants_mid: bool) -> torch.Tensor | None:
+    def _train_mlp(self, dy_TD: torch.Tensor, saved: MlpSaved, wants_mid: bool) -> torch.Tensor | None:
         """Add to the gradients of the MLP; return that of the middle of the residual stream, None unless wanted."""
-        gate_up, down, norm = self.gate_up, self.down, self._norm2
-        wants_input = wants_mid or norm.weight.requires_grad
-        wants_hidden = wants_input or gate_up.trains_weights
-        if not (wants_hidden or down.trains_weights):
+        wants_input = wants_mid or self._norm2.weight.requires_grad
+        if not (wants_input or self.gate_up.trains_weights or self.down.trains_weights):
             return None
-        gate_up_TG = saved.gate_up_TM
-        if gate_up_TG is None:
-            gate_up_TG = self._gate_up_again(saved)
+        dx_mid_TD = None
+        if wants_input and len(saved.tiles) > 1:
+            dx_mid_TD = torch.empty(dy_TD.shape, dtype=dy_TD.dtype, device=dy_TD.device)
+        while saved.tiles:
+            tile = saved.tiles.pop(0)
+            dx_TD = self._train_tile(tile, tile.of(dy_TD), saved, wants_input)
+            if dx_mid_TD is None:
+                dx_mid_TD = dx_TD
+            elif dx_TD is not None:
+                dx_mid_TD[tile.rows] = dx_TD
+        return dx_mid_TD if wants_mid else None
+
+    def _train_tile(
+        self, tile: MlpTile, dy_TD: torch.Tensor, saved: MlpSaved, wants_input: bool
+    ) -> torch.Tensor | None:
+        """Add to the gradients of the MLP for a tile's tokens; return those of its inputs."""
+        gate_up, down, norm = self.gate_up, self.down, self._norm2
+        gate_up_TG = self._take_gate_up(tile, gate_up, saved)
         dh_TF = down.dgrad(dy_TD, None)
         swiglu_lora_backward(dh_TF, gate_up_TG, None, None, None, gate_up.rank_parts)
         # now dh_TF holds the SwiGLU product, gate_up_TG its gradients
         if down.trains_weights:
             down.add_grads(dh_TF, dy_TD)
         del dh_TF
-        if not wants_hidden:
+        if not (wants_input or gate_up.trains_weights):
             return None
-        x_mid_TD, rstd_T = saved.x_mid_TD, saved.rstd2_T
+        x_mid_TD, rstd_T = tile.of(saved.x_mid_TD), tile.rstd_T
+        assert rstd_T is not None
         x2_TD = torch.empty_like(x_mid_TD, memory_format=torch.contiguous_format) if gate_up.trains_weights else None
         dx_mid_TD = None
         if wants_input:
@@ -159,8 +169,7 @@ class TrainedCore(DecoderCore):
             rms_norm(x_mid_TD, norm.weight, self.spec.norm_eps, out_TD=x2_TD)
         if x2_TD is not None:
             gate_up.add_grads(x2_TD, gate_up_TG)
-        saved.gate_up_TM = None
-        return dx_mid_TD if wants_mid else None
+        return dx_mid_TD
 
     def _train_qkv(
         self, dqkv_TW: torch.Tensor, x_TD: torch.Tensor, dx_mid_TD: torch.Tensor, saved: _Saved, wants_dx: bool

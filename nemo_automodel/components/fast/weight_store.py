@@ -240,6 +240,10 @@ class WeightStore:
         """What drops the adapter's inputs: nothing, unless `dropout.Dropped` is around the store."""
         return None
 
+    def from_row(self, first_row: int) -> WeightStore:
+        """Return what computes the rows of inputs from ``first_row`` on: the same, unless there are masks."""
+        return self
+
     @property
     def rank_parts(self) -> tuple[tuple[int, int], ...]:
         """The ranks of each layer, ``(first, last + 1)``."""

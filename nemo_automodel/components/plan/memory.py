@@ -121,31 +121,44 @@ def _kept(load: Workload) -> float:
     around = 3 * load.tokens * load.shape.hidden_size * load.weight_bytes  # the last output, its norm, its gradient
     if load.plain is not None:
         return load.plain.kept + around
-    return load.tokens * load.shape.num_layers * fast_kept(load, load.recompute) + around
+    on_their_way = 2 * load.tokens * load.shape.hidden_size * load.weight_bytes if offloaded(load) else 0
+    return load.tokens * load.shape.num_layers * fast_kept(load, load.recompute) + around + on_their_way
+
+
+def offloaded(load: Workload) -> int:
+    """Return the bytes of activations that wait in the host's memory."""
+    if load.recompute != "full_offload":
+        return 0
+    return load.tokens * load.shape.num_layers * load.shape.hidden_size * load.weight_bytes
 
 
 def fast_kept(load: Workload, recompute: str) -> float:
-    """Return the bytes that one fast layer keeps for a token."""
+    """Return the bytes that one fast layer keeps on the GPU for a token."""
+    if recompute == "full_offload":
+        return 0
     if recompute == "full":
         return load.shape.hidden_size * load.weight_bytes
-    return _fast_kept(load, keeps_gate_up=recompute != "selective")
+    halves = 2 * next(x.num_out for x in load.shape.linears if x.name == "gate_proj")
+    if recompute == "fp8_gate_up":  # a byte each and two scales; the margin of a buffer is not kept
+        return _fast_kept(load, keeps_gate_up=False) + halves + 8
+    return _fast_kept(load, keeps_gate_up=recompute == "none", keeps_qkv=recompute != "sac1")
 
 
-def _fast_kept(load: Workload, keeps_gate_up: bool) -> float:
+def _fast_kept(load: Workload, keeps_gate_up: bool, keeps_qkv: bool = True) -> float:
     shape = load.shape
     widths = [rank_width(rank, load.store) for _, _, rank, _ in _packs(load)]
     margins = widths if load.store in ("dense", "nf4") and load.dropout == 0 else [0] * len(widths)
     qkv, o, gate_up = margins[0], margins[1], margins[2]
     intermediate = next(x.num_out for x in shape.linears if x.name == "gate_proj")
     elements = shape.hidden_size  # the input
-    elements += shape.q_width + 2 * shape.kv_width + qkv
-    if shape.has_qk_norm:  # finished queries and keys lie beside the raw ones
+    elements += shape.q_width + 2 * shape.kv_width + qkv if keeps_qkv else 0
+    if shape.has_qk_norm and keeps_qkv:  # finished queries and keys lie beside the raw ones
         elements += shape.q_width + shape.kv_width
     elements += shape.q_width  # attention's output
     elements += shape.hidden_size + o  # the middle of the residual stream
     elements += 2 * intermediate + gate_up if keeps_gate_up else 0
     elements += sum(widths)
-    numbers = 2 + shape.num_heads + (shape.num_heads + shape.num_kv_heads if shape.has_qk_norm else 0)
+    numbers = 2 + shape.num_heads + (shape.num_heads + shape.num_kv_heads if shape.has_qk_norm and keeps_qkv else 0)
     return elements * load.weight_bytes + 4 * numbers
 
 
@@ -167,16 +180,24 @@ def _layer_peak(load: Workload) -> float:
     """Return what a layer's backward pass needs beside what is kept."""
     if load.plain is not None:
         return load.plain.working + _scratch(load)
-    layer = load.tokens * _layer_working(load)
-    layer += load.tokens * _fast_kept(load, True) if load.recompute == "full" else 0
-    return layer + _scratch(load)
+    tile, is_all = load.mlp_tokens, load.makes_again == "all"
+    kept = load.tokens * _fast_kept(load, keeps_gate_up=tile == load.tokens) if is_all else 0
+    if tile == load.tokens:
+        has_gate_up = is_all or load.recompute == "none"
+        return load.tokens * _layer_working(load, has_gate_up) + kept + _scratch(load)
+    shape = load.shape
+    stream = load.tokens * shape.hidden_size * load.weight_bytes  # the gradient of the middle, for all tiles
+    mlp = tile * _layer_working(load, has_gate_up=load.recompute == "none") + stream
+    # attention's own turn: gradients of its output, of queries, keys and values, and of the packed projection
+    heads = load.tokens * (3 * shape.q_width + 4 * shape.kv_width) * load.weight_bytes
+    return max(mlp, heads + stream) + kept + _scratch(load)
 
 
-def _layer_working(load: Workload) -> float:
-    """Return the bytes for a token that the backward pass of one fast layer needs at its peak."""
+def _layer_working(load: Workload, has_gate_up: bool) -> float:
+    """Return the bytes for a token that the MLP's backward pass in one fast layer needs; ``has_gate_up``: beside it."""
     shape = load.shape
     intermediate = next(x.num_out for x in shape.linears if x.name == "gate_proj")
-    gate_up = 2 * intermediate * load.weight_bytes if load.recompute == "selective" else 0
+    gate_up = 0 if has_gate_up else 2 * intermediate * load.weight_bytes
     swiglu = (intermediate + 2 * shape.hidden_size) * load.weight_bytes
     if load.store == "fp8":  # gradients of gate and up once more, in 8 bits, and the gradient of their input
         swiglu = max(swiglu, 2 * intermediate + 2 * shape.hidden_size * load.weight_bytes)

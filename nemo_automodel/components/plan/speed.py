@@ -15,6 +15,8 @@ from nemo_automodel.components.plan.workload import Workload
 _FAST_LAUNCHES, _PLAIN_LAUNCHES = 60, 170
 """Kernels of a layer's forward and backward pass with adapters on every linear layer."""
 _LAUNCH_S = 5.5e-6
+_MADE_AGAIN = {"none": (), "gate_up": ("gate_proj", "up_proj")}
+_MADE_AGAIN["qkv_gate_up"] = ("q_proj", "k_proj", "v_proj", *_MADE_AGAIN["gate_up"])
 _READS_PER_WRITE = 1.6
 """Bytes that Transformers' operations read for each that they write."""
 
@@ -50,18 +52,18 @@ def estimate(load: Workload, machine: Machine) -> Speed:
     """Return the time of a step of ``load`` on ``machine``."""
     shape, tera = load.shape, 1e12
     passes = 3.0 if load.is_full else 2.0
-    if load.recompute == "full":
+    if load.makes_again == "all":
         # fast layers leave out their last product
         passes += 1 - (_share_of(load, ("down_proj",)) if load.plain is None else 0)
-    elif load.recompute == "selective":
-        passes += _share_of(load, ("gate_proj", "up_proj")) if load.plain is None else 0
+    elif load.plain is None:
+        passes += _share_of(load, _MADE_AGAIN[load.makes_again])
     linear = 2 * passes * load.tokens * shape.num_linear
     in_fp8 = load.store == "fp8" or load.computes_in_fp8
     rate = machine.fp8_tflops if in_fp8 and machine.fp8_tflops else machine.bf16_tflops
     head_passes = 3 if load.is_full else 2
     head = 2 * head_passes * load.tokens * load.labelled_share * shape.hidden_size * shape.vocab_size
     attended = load.document_len or load.seq_len
-    attention = (3.5 + (load.recompute == "full")) * 2 * shape.num_layers * shape.q_width * attended * load.tokens
+    attention = (3.5 + (load.makes_again == "all")) * 2 * shape.num_layers * shape.q_width * attended * load.tokens
     launches = (_FAST_LAUNCHES if load.plain is None else _PLAIN_LAUNCHES) * shape.num_layers * _LAUNCH_S
     state = load.num_trainable * (load.trainable_bytes * 4 + 2 * load.state_bytes)
     return Speed(
@@ -69,7 +71,7 @@ def estimate(load: Workload, machine: Machine) -> Speed:
         attention=attention / machine.attention_tflops / tera,
         memory=_moved_bytes(load) / machine.memory_tb_s / tera,
         optimizer=state / machine.memory_tb_s / tera,
-        launches=launches * (1 + 0.4 * (load.recompute == "full")),
+        launches=launches * (1 + 0.4 * (load.makes_again == "all")),
         tokens_per_step=load.tokens * load.grad_accum,
         grad_accum=load.grad_accum,
     )
@@ -90,7 +92,7 @@ def _moved_bytes(load: Workload) -> float:
         elements = 17 * shape.hidden_size + 5 * qkv + 13 * intermediate
         elements += 2 * (4 * shape.hidden_size + qkv + 3 * intermediate) if not load.is_full else 0
         per_token: float = elements * load.weight_bytes * shape.num_layers
-        if load.recompute == "full":
+        if load.makes_again == "all":
             per_token *= 1.35
         if load.store == "fp8" or load.computes_in_fp8:  # casts, and updates that are added afterwards
             per_token += 3 * (5 * shape.hidden_size + 2 * qkv + 6 * intermediate) * shape.num_layers
@@ -102,5 +104,5 @@ def _moved_bytes(load: Workload) -> float:
     if load.is_full and load.plain is None:  # products write gradients, and add to those of earlier micro-batches
         moved += (1 if load.grad_accum == 1 else 2) * load.num_trainable * load.trainable_bytes
     if load.store in ("nf4", "int8"):  # unpacked for each pass
-        moved += (3 if load.recompute == "full" else 2) * (1.55 if load.computes_in_fp8 else 2.55) * shape.num_linear
+        moved += (3 if load.makes_again == "all" else 2) * (1.55 if load.computes_in_fp8 else 2.55) * shape.num_linear
     return moved

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from nemo_automodel.shared.memory_policies import tile_tokens
+
 _RANK_TILE = 64
 """The fast layers round the ranks of a packed matrix up to this."""
 
@@ -121,6 +123,8 @@ class Workload:
     steps_in_backward: bool = False
     """Gradients are freed as soon as they are complete."""
     recompute: str = "none"
+    """A name of `shared.memory_policies`."""
+    mlp_tile_tokens: int | None = None
     labelled_share: float = 1.0
     document_len: int | None = None
     """Mean tokens of a document in a packed row; None: a row is one document."""
@@ -134,6 +138,17 @@ class Workload:
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.rows * self.seq_len
+
+    @property
+    def mlp_tokens(self) -> int:
+        """Tokens that the MLP of a fast layer works on at a time."""
+        return tile_tokens(self.mlp_tile_tokens, self.recompute, self.tokens)
+
+    @property
+    def makes_again(self) -> str:
+        """What is computed twice: none, gate_up, qkv_gate_up or all."""
+        again = {"selective": "gate_up", "sac2": "gate_up", "sac1": "qkv_gate_up"}
+        return "all" if self.recompute.startswith("full") else again.get(self.recompute, "none")
 
     @property
     def num_trainable(self) -> int:

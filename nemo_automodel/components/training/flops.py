@@ -29,9 +29,14 @@ from torch import nn
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.types import IGNORE_INDEX, SEQ_LENS_PADDING, Batch
 
-RECOMPUTED = ("none", "gate_up", "all_but_down", "all")
-"""What the backward pass computes again: nothing, the two widest matrices of each layer, or whole layers; fast layers
-leave out the last product, whose result nobody needs again."""
+RECOMPUTED = ("none", "gate_up", "qkv_gate_up", "all_but_down", "all")
+"""What the backward pass computes again: nothing, the two widest matrices of each layer, these and queries, keys and
+values, or whole layers; fast layers leave out the last product, whose result nobody needs again."""
+FAST_RECOMPUTED = {"none": "none", "fp8_gate_up": "none", "selective": "gate_up", "sac2": "gate_up"}
+FAST_RECOMPUTED |= {"sac1": "qkv_gate_up", "full": "all_but_down", "full_offload": "all_but_down"}
+"""What fast layers compute again under a policy."""
+PLAIN_RECOMPUTED = {"none": "none", "selective": "none", "full": "all"}
+"""What Transformers' layers do: `selective` repeats no matrix product."""
 
 PEAK_TFLOPS: Mapping[str, tuple[float, float | None]] = {
     "GB200": (2500, 5000),
@@ -105,6 +110,8 @@ class ModelWork:
     adapters: float = 0
     gate_up: float = 0
     """Part of ``frozen`` and ``trained`` in the two widest matrices of each layer."""
+    qkv: float = 0
+    """Part of ``frozen`` and ``trained`` in the projections to queries, keys and values."""
     down: float = 0
     """Part of ``frozen`` and ``trained`` in the last matrix of each layer."""
     attention: float = 0
@@ -121,8 +128,8 @@ class ModelWork:
         if self.recomputed in ("all", "all_but_down"):
             weights += 2 * (self.frozen + self.trained - (self.down if self.recomputed == "all_but_down" else 0))
             attention += self.attention
-        elif self.recomputed == "gate_up":
-            weights += 2 * self.gate_up
+        elif self.recomputed in ("gate_up", "qkv_gate_up"):
+            weights += 2 * (self.gate_up + (self.qkv if self.recomputed == "qkv_gate_up" else 0))
         return weights * size.num_tokens + self._head(size.num_label_tokens) + 2 * attention * size.sum_squares
 
     def model(self, size: StepSize) -> float:
@@ -142,6 +149,9 @@ class ModelWork:
         return (6 if self.head_is_trained else 4) * self.head * num_label_tokens
 
 
+_SUMS = ("trained", "frozen", "forward_only", "adapters", "gate_up", "qkv", "down")
+
+
 def count_work(model: nn.Module, recomputed: str = "none") -> ModelWork:
     """Count the matrices of a Hugging Face language model, which may be on the meta device.
 
@@ -152,7 +162,7 @@ def count_work(model: nn.Module, recomputed: str = "none") -> ModelWork:
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     head = model.get_output_embeddings()  # type: ignore[operator]
     lowest = _lowest_trained_layer(model)
-    sums: dict[str, float] = dict.fromkeys(("trained", "frozen", "forward_only", "adapters", "gate_up", "down"), 0)
+    sums: dict[str, float] = dict.fromkeys(_SUMS, 0)
     for name, module in model.named_modules():
         size = _matrix(module, config)
         if name.rpartition(".")[2] in _ADAPTERS:
@@ -164,6 +174,8 @@ def count_work(model: nn.Module, recomputed: str = "none") -> ModelWork:
             sums[kind] += size
             if kind != "forward_only" and name.endswith(("gate_proj", "up_proj", "gate_up_proj")):
                 sums["gate_up"] += size
+            if kind != "forward_only" and name.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj")):
+                sums["qkv"] += size
             if kind != "forward_only" and name.endswith("down_proj"):
                 sums["down"] += size
     frozen_parameters = sums["frozen"] + sums["trained"] + sums["forward_only"] + _outside_layers(model, head)

@@ -83,6 +83,8 @@ def model_wishes(settings: RunSettings, peft: Any) -> dict[str, Any]:
         wishes["freeze_config"] = {"freeze_embeddings": True}
     if settings.distributed.recompute_policy() != "none":
         wishes["activation_checkpointing"] = settings.distributed.recompute_policy()
+    if settings.distributed.mlp_tile_tokens is not None:
+        wishes["mlp_tile_tokens"] = settings.distributed.mlp_tile_tokens
     return wishes
 
 
