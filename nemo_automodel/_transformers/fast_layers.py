@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
 from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel._transformers.fp8_base import Fp8Packer, Fp8Plan
+from nemo_automodel._transformers.fp8_linears import train_linears_in_fp8
 from nemo_automodel._transformers.kernel_choice import KernelRequest, choose_kernels
 from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
 from nemo_automodel.components._peft.config import PeftConfig
@@ -80,7 +81,7 @@ class FastRequest:
     kernels: KernelRequest = field(default_factory=KernelRequest)
     """How the fast layers are to be computed."""
     fp8: Fp8Plan | None = None
-    """The base in 8 bits, which only the fast layers know: they are then asked for."""
+    """Products in 8 bits; of a frozen base only the fast layers know them: they are then asked for."""
 
 
 def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
@@ -100,7 +101,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
                 f"`quantization.compute_in_fp8: true` needs the fast decoder layers, and {reason}. Leave "
                 "`compute_in_fp8` out: weights stay in 4 bits and are multiplied in the compute dtype."
             )
-        if request.fp8 is not None:
+        if request.fp8 is not None and request.peft is not None:
             raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
         logger.info("Decoder layers: plain Transformers: %s.", reason)
         obstacle = reason if request.peft is None else _obstacle_to_adapters(model, request)
@@ -114,6 +115,11 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
             )
         if request.kernels.wishes.asked:
             logger.info("`model.kernels` has no effect: it is about fast decoder layers.")
+        if request.fp8 is not None:
+            if request.autocast_dtype is not None or request.is_compiled:
+                other = "compiled layers" if request.is_compiled else "`distributed.autocast_dtype`"
+                raise UserError(f"`fp8.enabled: true` and {other} exclude each other. Leave one of them out.")
+            train_linears_in_fp8(model, request.fp8)
         return False
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")

@@ -259,33 +259,29 @@ def check_distributed(distributed: DistributedConfig, node: ConfigNode | None) -
 
 
 def check_fp8(fp8: FP8Config, config: ConfigNode, notices: list[str]) -> FP8Config | None:
-    """Return the settings of a base in 8 bits, None where it is off; note the keys without effect.
+    """Return the settings of products in 8 bits, None where they are off; note the keys without effect.
 
     Raises:
-        NotSupportedYetError: there is no adapter, so the base would have to learn in 8 bits.
         ConfigError: what excludes it.
     """
     if not fp8.enabled:
         return None
-    if config.get("peft") is None:
-        raise NotSupportedYetError(
-            "`fp8.enabled: true` is not supported yet without `peft`: it stores a frozen base in 8 bits. Add a `peft` "
-            "section, or set it to false."
-        )
-    model = config["model"]
+    model, is_frozen = config["model"], config.get("peft") is not None
+    fp8.num_copies(not is_frozen)  # refuses what a frozen base cannot have
     excluded = {
         "quantization.load_in_4bit: true": config.get("quantization.load_in_4bit") is True,
         "quantization.load_in_8bit: true": config.get("quantization.load_in_8bit") is True,
-        "model.force_hf: true": model.get("force_hf") is True,
-        "model.fast_layers: off": model.get("fast_layers") in (False, "off"),
+        "model.force_hf: true": is_frozen and model.get("force_hf") is True,
+        "model.fast_layers: off": is_frozen and model.get("fast_layers") in (False, "off"),
         "compile.enabled: true": config.get("compile.enabled") is True,
         "distributed.enable_compile: true": config.get("distributed.enable_compile") is True,
+        "qat.enabled: true": config.get("qat.enabled") is True,
     }
     for other, is_there in excluded.items():
         if is_there:
             raise ConfigError(f"`fp8.enabled: true` and `{other}` exclude each other. Leave one of them out.")
     notices += [f"`fp8.{key}: true` has no effect on one device." for key in fp8.inert_keys()]
-    if fp8.recipe_name == "rowwise_with_gw_hp":
+    if is_frozen and fp8.recipe_name == "rowwise_with_gw_hp":
         notices.append("`fp8.recipe_name: rowwise_with_gw_hp` is rowwise here: a frozen base has no weight gradient.")
     return fp8
 

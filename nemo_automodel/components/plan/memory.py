@@ -74,7 +74,9 @@ def _weight_bytes(load: Workload) -> float:
     """Return the bytes of the linear layers of all decoder layers."""
     linears = load.shape.linears
     if load.is_full:
-        return load.shape.num_linear * load.trainable_bytes
+        copies, scales = (load.fp8_copies, _packs(load)) if load.store == "fp8" else (0, [])
+        of_scales = sum(4 * count * (num_in + num_out) for num_in, num_out, _, count in scales)
+        return load.shape.num_linear * (load.trainable_bytes + copies) + of_scales
     if load.store == "nf4":
         return load.shape.num_linear * _NF4_BYTES + _folded(load)
     if load.store == "int8":
@@ -181,4 +183,9 @@ def _scratch(load: Workload) -> float:
     largest = max((num_in * num_out for num_in, num_out, _, _ in _packs(load)), default=0)
     if load.store == "nf4":
         return largest * (1 if load.computes_in_fp8 else load.weight_bytes)
-    return largest if load.store == "fp8" and load.fp8_copies == 1 else 0
+    if load.store != "fp8":
+        return 0
+    # with weight gradients in 8 bits: both operands again, turned round, and the product before it is added
+    widest = max(num_in + num_out for num_in, num_out, _, _ in _packs(load))
+    product = widest * load.tokens + largest * load.trainable_bytes if load.is_full and load.fp8_weight_grads else 0
+    return product + (largest if load.fp8_copies < 2 else 0)

@@ -43,12 +43,12 @@ FP8_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 
 @dataclass(frozen=True)
 class FP8Config:
-    """The ``fp8:`` section: a frozen base stored and multiplied in 8 bits, under adapters in 16 or 32."""
+    """The ``fp8:`` section: products in 8 bits, of a frozen base under adapters or of all weights while they learn."""
 
     enabled: bool = False
     recipe_name: str | None = None
-    """None: by rows where the GPU has such a product, else one scale a matrix. A base that is frozen has no weight
-    gradient, so ``rowwise_with_gw_hp`` is ``rowwise``."""
+    """None: by rows where the GPU has such a product, else one scale a matrix. ``rowwise`` and ``tensorwise`` make the
+    gradients of weights in 8 bits as well, ``rowwise_with_gw_hp`` and None do not; a frozen base has none."""
     enable_fsdp_float8_all_gather: bool = False
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     force_recompute_fp8_weight_in_bwd: bool = False
@@ -57,8 +57,10 @@ class FP8Config:
     """Layers whose name holds one of these stay as they are, and what is packed with them."""
     emulate: bool = False
     """The same roundings in plain PyTorch, on any device; slow."""
-    weight_copies: int = 2
-    """2: weights also lie transposed, for the backward pass; 1: half the memory, a little slower, the same numbers."""
+    weight_copies: int | None = None
+    """2: weights in 8 bits also lie transposed, for the backward pass; 1: they do not, which is a little slower; 0, for
+    weights that learn: they are rounded again in every pass. The same numbers. None: 2 for a frozen base, 1 beside
+    weights that learn."""
     first_last_down_proj_bf16: bool = False
     """``down_proj`` of the first and the last layer stay as they are: activations there can be thousands of times the
     usual size."""
@@ -69,13 +71,31 @@ class FP8Config:
                 f"`fp8.recipe_name: {self.recipe_name}` is not known.{did_you_mean(self.recipe_name, FP8_RECIPES)} "
                 f"Use {', '.join(FP8_RECIPES)}, or leave it out."
             )
-        if self.weight_copies not in (1, 2):
-            raise ConfigError(f"`fp8.weight_copies` is {self.weight_copies}, but it must be 1 or 2. Use 1 or 2.")
+        if self.weight_copies not in (None, 0, 1, 2):
+            raise ConfigError(
+                f"`fp8.weight_copies` is {self.weight_copies}, but it must be 0, 1 or 2. Use one of them."
+            )
+
+    def num_copies(self, is_trained: bool) -> int:
+        """Return how many copies in 8 bits of a weight are stored, beside the weight itself where it learns.
+
+        Raises:
+            ConfigError: 0 of a frozen base.
+        """
+        if self.weight_copies == 0 and not is_trained:
+            raise ConfigError(
+                "`fp8.weight_copies: 0` keeps no weights in 8 bits, but a base under `peft` has no others. Use 1 or 2."
+            )
+        if self.force_recompute_fp8_weight_in_bwd:
+            return min(1, self.weight_copies) if self.weight_copies is not None else 1
+        if self.weight_copies is not None:
+            return self.weight_copies
+        return 1 if is_trained else 2
 
     @property
-    def num_copies(self) -> int:
-        """How many copies of a weight are stored."""
-        return 1 if self.force_recompute_fp8_weight_in_bwd else self.weight_copies
+    def has_weight_grads(self) -> bool:
+        """Whether the gradients of weights that learn are made in 8 bits."""
+        return self.recipe_name in ("tensorwise", "rowwise")
 
     def inert_keys(self) -> list[str]:
         """Return the keys that are set and have no effect on one device."""
