@@ -74,9 +74,8 @@ def _weight_bytes(load: Workload) -> float:
     """Return the bytes of the linear layers of all decoder layers."""
     linears = load.shape.linears
     if load.is_full:
-        copies, scales = (load.fp8_copies, _packs(load)) if load.store == "fp8" else (0, [])
-        of_scales = sum(4 * count * (num_in + num_out) for num_in, num_out, _, count in scales)
-        return load.shape.num_linear * (load.trainable_bytes + copies) + of_scales
+        weights = load.shape.num_linear * load.trainable_bytes
+        return weights + (_beside_trained(load) if load.store == "fp8" else 0)
     if load.store == "nf4":
         return load.shape.num_linear * _NF4_BYTES + _folded(load)
     if load.store == "int8":
@@ -85,6 +84,12 @@ def _weight_bytes(load: Workload) -> float:
         scales = sum(4 * x.count * (x.num_out + (x.num_in if load.fp8_copies == 2 else 0)) for x in linears)
         return load.shape.num_linear * load.fp8_copies + scales + _folded(load)
     return load.shape.num_linear * load.weight_bytes + _folded(load)
+
+
+def _beside_trained(load: Workload) -> int:
+    """Return the bytes of copies in 8 bits of weights that learn, and of their scales."""
+    scales = sum(4 * count * (num_in + num_out) for num_in, num_out, _, count in _packs(load))
+    return load.shape.num_linear * load.fp8_copies + scales
 
 
 def _folded(load: Workload) -> float:
