@@ -4,7 +4,7 @@
    random codes, and what it cannot read, and all of 8 bits, Transformers and bitsandbytes do;
 2. freeze what ``freeze_config`` names;
 3. put adapters on whatever linear layers are there, packed or not;
-4. move to the device, unless the weights were read straight onto it;
+4. move to the device, unless the weights were read straight onto it; have linear layers round if asked (``qat``);
 5. put fast decoder layers in where they apply (`fast_layers`), in 8 bits if asked (`fp8_base`); they recompute
    activations themselves;
 6. take the embedding to the host if asked;
@@ -33,6 +33,7 @@ from nemo_automodel._transformers.model_source import readable_errors
 from nemo_automodel._transformers.options import FREEZE_KEYS, Quantization
 from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
 from nemo_automodel.components.quantization.config import CompileConfig
+from nemo_automodel.components.quantization.qat import fake_quantize
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import is_available
 
@@ -72,6 +73,8 @@ class AssemblyPlan:
     kernels: KernelRequest = field(default_factory=KernelRequest)
     quantization: Quantization | None = None
     fp8: Fp8Plan | None = None
+    qat: Any = None
+    """A `QATConfig`, or a quantizer of torchao's."""
     freeze: dict[str, bool] = field(default_factory=dict)
     peft: PeftConfig | None = None
     activation_checkpointing: str = "none"
@@ -94,6 +97,8 @@ def assemble(plan: AssemblyPlan) -> PreTrainedModel:
         logger.info("LoRA on %d linear layers, rank %d.", num_layers, plan.peft.dim)
     if plan.quantization is None:  # packed weights are already there, and some refuse to move
         model.to(plan.device)  # type: ignore[arg-type]
+    if plan.qat is not None:
+        fake_quantize(model, plan.qat)
     is_fast = use_fast_layers(model, _fast_request(plan))
     if plan.embeddings_on_host:
         keep_on_host(model, plan.device)
@@ -115,6 +120,7 @@ def _fast_request(plan: AssemblyPlan) -> FastRequest:
         asks_attention=plan.asks_attention,
         kernels=plan.kernels,
         fp8=plan.fp8,
+        fake_quantizes=plan.qat is not None,
     )
 
 

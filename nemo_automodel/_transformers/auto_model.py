@@ -164,6 +164,7 @@ class _NeMoAutoModel:
             kernels=KernelRequest(parse_kernels(options.kernels), options.kernel_record, options.row_shape),
             quantization=quantization,
             fp8=fp8,
+            qat=options.qat_config,
             freeze=options.freeze_config or {},
             peft=options.peft_config,
             activation_checkpointing=options.activation_checkpointing,

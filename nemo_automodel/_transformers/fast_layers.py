@@ -75,6 +75,8 @@ class FastRequest:
     computes_in_fp8: bool = False
     """4-bit weights are multiplied in 8 bits, which only the fast layers can."""
     is_compiled: bool = False
+    fake_quantizes: bool = False
+    """Linear layers round their weights, for quantisation-aware training."""
     autocast_dtype: str | None = None
     asks_attention: bool = False
     """The attention implementation was named by the user, not chosen for him."""
@@ -253,6 +255,7 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
         "`fast_layers: off`": request.wish == "off",
         "all weights are trained by several processes": peft is None and not is_alone(),
         "the layers are compiled instead": request.is_compiled,
+        "`qat` rounds weights in the linear layers": request.fake_quantizes,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
         "DoRA with dropout is not on the fast path yet": peft is not None and peft.use_dora and peft.dropout > 0,
         "DoRA needs the weights in 16 bits or more": peft is not None and peft.use_dora and request.fp8 is not None,

@@ -263,6 +263,44 @@ def test_all_weights_in_8_bits():
         assert settings.notices == []
 
 
+@pytest.mark.parametrize(
+    ("qat", "more", "message"),
+    [
+        (
+            {},
+            {"peft": PEFT},
+            "`qat.enabled: true` and `peft` exclude each other: under adapters the weights that would ",
+        ),
+        ({"fake_quant_after_n_steps": -1}, {}, "`qat.fake_quant_after_n_steps` is -1, but it cannot be negative. "),
+        ({"qat_config": {}, "quantizer": {}}, {}, "`qat.qat_config` and `qat.quantizer` are both set. Leave one of "),
+        ({}, {"fp8__enabled": True}, "`fp8.enabled: true` and `qat.enabled: true` exclude each other."),
+        ({"groupsize": 32}, {}, "`qat.groupsize`: unknown key `groupsize`."),
+    ],
+)
+def test_what_quantisation_aware_training_excludes(qat: dict, more: dict, message: str):
+    with pytest.raises(ConfigError) as refused:
+        settings_of(qat={"enabled": True, **qat}, **more)
+    assert str(refused.value).startswith(message)
+
+
+def test_schemes_of_quantisation_aware_training():
+    pytest.importorskip("torchao")
+    target = "nemo_automodel.components.quantization.qat.QATConfig"
+    for keys in ({}, {"qat_config": {"groupsize": 64}}, {"qat_config": {"_target_": target, "precision": "bfloat16"}}):
+        found = settings_of(qat={"enabled": True, **keys}).qat
+        assert found is not None
+        assert found.qat_config["_target_"] == target
+    assert settings_of(qat={"enabled": False, "qat_config": {"groupsize": 64}}).qat is None
+    for keys, message in (
+        ({"group_size": 64}, "`qat.qat_config.group_size`"),
+        ({"groupsize": 1}, "`qat.qat_config.groupsize` is 1, but for int8_dynact_int4weight it must be at least 2."),
+        ({"precision": "bf61"}, "`qat.qat_config.precision: bf61` is not a dtype."),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            settings_of(qat={"enabled": True, "qat_config": keys})
+        assert str(refused.value).startswith(message)
+
+
 def test_keys_of_fp8_without_effect():
     fp8 = {"enabled": True, "recipe_name": "rowwise_with_gw_hp", "enable_fsdp_float8_all_gather": True}
     assert settings_of(peft=PEFT, fp8=fp8).notices == [
@@ -282,7 +320,6 @@ def test_freeze_embeddings_is_honoured():
         *(({f"distributed__{size}_size": 2}, f"distributed.{size}_size") for size in ("dp", "tp", "pp", "cp", "ep")),
         ({"distributed__dp_replicate_size": 2}, "distributed.dp_replicate_size"),
         ({"distributed__offload_policy": {"_target_": "torch.distributed.fsdp.CPUOffloadPolicy"}}, "offload_policy"),
-        ({"qat__enabled": True}, "qat.enabled"),
         ({"checkpoint__model_repo_id": "me/model"}, "checkpoint.model_repo_id"),
         ({"checkpoint__checkpoint_dir": "msc://bucket/x"}, "checkpoint.checkpoint_dir"),
         ({"packed_sequence__pack_size": 1024}, "packed_sequence.pack_size"),

@@ -103,14 +103,66 @@ class FP8Config:
         return [key for key in keys if getattr(self, key)]
 
 
+QAT_TYPES = ("int8_dynact_int4weight", "int4_weight_only")
+_GROUP_SIZES = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class QATConfig:
+    """A scheme by name. The keys are those of torchao's quantizers, dtypes as words."""
+
+    quantizer_type: str = "int8_dynact_int4weight"
+    """``int8_dynact_int4weight``: weights in 4 bits, a scale for each group, and activations in 8 bits, a scale and an
+    offset for each token. ``int4_weight_only``: weights alone, a scale and an offset for each group."""
+    groupsize: int = 256
+    """Neighbouring weights of a row that share a scale."""
+    padding_allowed: bool = False
+    """Of the first scheme: layers whose inputs are no multiple of ``groupsize`` are an error instead of left out."""
+    inner_k_tiles: int = 8
+    """Of the second scheme, what the kernels want that compute with the result."""
+    precision: str | None = None
+    """Of weights; None is torchao's default. The weights of the model keep their dtype."""
+    scales_precision: str | None = None
+    """Of scales; None is torchao's default: float32, or bfloat16 in the second scheme."""
+
+    def __post_init__(self) -> None:
+        if self.quantizer_type not in QAT_TYPES:
+            raise ConfigError(
+                f"`qat.qat_config.quantizer_type: {self.quantizer_type}` is not known."
+                f"{did_you_mean(self.quantizer_type, QAT_TYPES)} Use {' or '.join(QAT_TYPES)}."
+            )
+        if self.groupsize < 2 or (self.quantizer_type == "int4_weight_only" and self.groupsize not in _GROUP_SIZES):
+            known = "one of 32, 64, 128, 256" if self.quantizer_type == "int4_weight_only" else "at least 2"
+            raise ConfigError(
+                f"`qat.qat_config.groupsize` is {self.groupsize}, but for {self.quantizer_type} it must be {known}. "
+                "Use 32."
+            )
+        if self.inner_k_tiles not in (2, 4, 8):
+            raise ConfigError(
+                f"`qat.qat_config.inner_k_tiles` is {self.inner_k_tiles}, but it must be 2, 4 or 8. Use 8."
+            )
+
+
 @dataclass(frozen=True)
 class QATSettings:
     """The ``qat:`` section."""
 
     enabled: bool = False
     fake_quant_after_n_steps: int = 0
+    """Steps without rounding at the beginning."""
     qat_config: Any = None
+    """The scheme: keys of `QATConfig`; ``_target_`` may be left out."""
     quantizer: Any = None
+    """Instead: the target of a quantizer of torchao's."""
+
+    def __post_init__(self) -> None:
+        if self.fake_quant_after_n_steps < 0:
+            raise ConfigError(
+                f"`qat.fake_quant_after_n_steps` is {self.fake_quant_after_n_steps}, but it cannot be negative. "
+                "Use 0 to round from the first step."
+            )
+        if self.qat_config is not None and self.quantizer is not None:
+            raise ConfigError("`qat.qat_config` and `qat.quantizer` are both set. Leave one of them out.")
 
 
 @dataclass(frozen=True)
