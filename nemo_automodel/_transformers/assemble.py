@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_automodel._transformers import quantized_load
+from nemo_automodel._transformers.compiling import compile_model
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
 from nemo_automodel._transformers.fp8_base import Fp8Plan
 from nemo_automodel._transformers.host_embedding import keep_on_host
@@ -104,7 +104,7 @@ def assemble(plan: AssemblyPlan) -> PreTrainedModel:
         keep_on_host(model, plan.device)
     if plan.activation_checkpointing != "none" and not is_fast:
         recompute_activations(model, plan.activation_checkpointing)
-    _compile(model, plan.compile, plan.compile_layers)
+    compile_model(model, plan.compile, plan.compile_layers)
     return model
 
 
@@ -270,32 +270,3 @@ def recompute_activations(model: PreTrainedModel, policy: str) -> None:
     # the public method also makes the embeddings' output need a gradient, as reentrant checkpoints want; that would run
     # the backward pass through frozen layers below the lowest adapter
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, **kwargs))
-
-
-def _compile(model: PreTrainedModel, cfg: CompileConfig | None, compile_layers: bool) -> None:
-    """Compile in place, the whole model or layer by layer, so that no name changes. Work happens at the first step."""
-    is_whole = cfg is not None and cfg.enabled
-    if not (is_whole or compile_layers):
-        return
-    cfg = cfg or CompileConfig()
-    torch._dynamo.config.recompile_limit = cfg.dynamo_cache_size_limit
-    kwargs: dict[str, Any] = {
-        "fullgraph": cfg.fullgraph,
-        # rows differ in length: `False` would compile again for every length, `None` makes lengths symbolic when needed
-        "dynamic": cfg.dynamic or None,
-        "backend": cfg.backend or "inductor",
-        "mode": None if cfg.mode == "default" else cfg.mode,
-        "options": cfg.options or None,
-    }
-    if kwargs["mode"] and kwargs["options"]:
-        raise UserError("`compile.mode` and `compile.options` cannot both be set. Leave one of them out.")
-    if is_whole:
-        model.compile(**kwargs)
-        return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError(
-            f"{type(model).__name__} has no decoder layers to compile one by one. Use `compile.enabled: true`."
-        )
-    for layer in layers:
-        layer.compile(**kwargs)

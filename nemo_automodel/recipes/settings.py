@@ -131,6 +131,9 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
     peft = _peft(config)
     checkpoint, is_default = _checkpoint(config, peft, validation_datasets, notices)
     rules.check_in_backward(config["optimizer"], step_scheduler, _max_grad_norm(config))
+    compiling = build(CompileConfig, _section(config, "compile"), "compile")
+    if compiling.enabled and distributed.enable_compile:
+        notices.append("`distributed.enable_compile: true` has no effect: `compile.enabled` compiles the whole model.")
     return RunSettings(
         config=config,
         notices=notices,
@@ -146,7 +149,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         fp8=check_fp8(build(FP8Config, _section(config, "fp8"), "fp8"), config, notices),
         qat=check_qat(config),
         freeze_embeddings=rules.freeze_embeddings(config),
-        compile=build(CompileConfig, _section(config, "compile"), "compile"),
+        compile=compiling,
         loss_fn=_loss_fn(config),
         optimizer=_optimizer(config),
         lr_scheduler=_lr_scheduler(config),

@@ -165,9 +165,12 @@ class QATSettings:
             raise ConfigError("`qat.qat_config` and `qat.quantizer` are both set. Leave one of them out.")
 
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
 @dataclass(frozen=True)
 class CompileConfig:
-    """The ``compile:`` section, passed to ``torch.compile``."""
+    """The ``compile:`` section, passed to ``torch.compile``; ``distributed.enable_compile`` does so layer by layer."""
 
     enabled: bool = False
     mode: str = "default"
@@ -176,3 +179,18 @@ class CompileConfig:
     backend: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     dynamo_cache_size_limit: int = 256
+    """How often one function may be compiled for other shapes before it runs as it is."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in COMPILE_MODES:
+            raise ConfigError(
+                f"`compile.mode: {self.mode}` is not known.{did_you_mean(self.mode, COMPILE_MODES)} "
+                f"Use {', '.join(COMPILE_MODES)}."
+            )
+        if self.mode != "default" and self.options:
+            raise ConfigError("`compile.mode` and `compile.options` cannot both be set. Leave one of them out.")
+        if self.dynamo_cache_size_limit < 1:
+            raise ConfigError(
+                f"`compile.dynamo_cache_size_limit` is {self.dynamo_cache_size_limit}, but it must be at least 1. "
+                "Use 256."
+            )

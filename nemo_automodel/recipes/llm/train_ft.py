@@ -78,7 +78,7 @@ def model_wishes(settings: RunSettings, peft: Any) -> dict[str, Any]:
     if settings.qat is not None:
         scheme = settings.qat.quantizer if settings.qat.quantizer is not None else settings.qat.qat_config
         wishes["qat_config"] = scheme.instantiate()
-    if settings.compile.enabled:
+    if settings.compile.enabled or settings.distributed.enable_compile:
         wishes["compile_config"] = settings.compile
     if settings.distributed.enable_compile:
         wishes["compile_layers"] = True
