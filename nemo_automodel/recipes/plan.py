@@ -2,8 +2,8 @@
 
 The configuration is read as the recipe reads it, the model is outlined without weights, and `components/plan` turns
 both into memory and time. Where a run does not fit, the settings nearest to the user's that do are looked for in the
-order of what they cost: recomputing some activations, fewer rows at once (the global batch stays), recomputing all, and
-weights in 8 or 4 bits.
+order of what they cost: no copies in 8 bits of weights that learn, recomputing some activations, fewer rows at once
+(the global batch stays), recomputing all, and weights in 8 or 4 bits.
 """
 
 from __future__ import annotations
@@ -193,6 +193,8 @@ def _alternatives(load: Workload, settings: RunSettings) -> Iterator[tuple[dict[
     stores: list[tuple[dict[str, Any], str]] = [({}, load.store)]
     if not load.is_full and load.store == "dense":
         stores.append(({"quantization.load_in_4bit": True}, "nf4"))
+    if load.is_full and load.store == "fp8" and load.fp8_copies > 0:
+        yield {"fp8.weight_copies": 0}, load.changed(fp8_copies=0)
     policies = ("none", "selective", "full")
     for of_store, store in stores:
         for rows in _halves(load.rows if settings.step_scheduler.local_batch_tokens is None else 1):
