@@ -160,6 +160,8 @@ def _try_product(scheme: Fp8Scheme, device: torch.device) -> None:
     scale = torch.ones((_PROBE if scheme.by_rows else 1, 1), device=device)
     try:
         fp8.scaled_product(x, scale, x, scale, torch.bfloat16)
+        if scheme.weight_grads:
+            fp8.scaled_product(x, scale, x, scale, torch.bfloat16, fast_accum=False)
     except (RuntimeError, ValueError) as error:
         other = "tensorwise" if scheme.by_rows else "rowwise"
         raise UserError(

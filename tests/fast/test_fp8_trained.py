@@ -161,6 +161,26 @@ def test_micro_batches_share_one_rounding():
     assert torch.equal(store.forward(x, None), 8 * before)
 
 
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("copies", [0, 1, 2])
+def test_both_directions_multiply_by_the_same_bytes(copies, by_rows):
+    class OnAGpu(Fp8TrainedStore):  # takes the ways that bytes go there; the products are not asked for
+        _is_plain = False
+
+    linear = torch.nn.Linear(48, 32, bias=False)
+    store = OnAGpu.under(Fp8Scheme(by_rows, copies))([Slot("weight", linear, None)])
+    for _ in range(2):
+        store.prepare()
+        forward = store.forward_bytes().double()
+        wanted = rounded(linear.weight.detach(), by_rows)
+        torch.testing.assert_close(forward * store._scale_N1.double(), wanted, rtol=1e-12, atol=0)
+        backward = store.backward_bytes()
+        assert backward.is_contiguous()
+        assert torch.equal(backward.double(), forward.t())
+        with torch.no_grad():
+            linear.weight.mul_(torch.rand(32, 1) + 0.5)
+
+
 def test_bytes_round_again_after_moves_and_copies():
     fast = fp8_model("qwen2", dtype=torch.float32)
     before = fast(**IDS, use_cache=False).logits.detach()
