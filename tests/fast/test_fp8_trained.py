@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -246,6 +247,30 @@ def test_what_excludes_it(request_, other):
     with pytest.raises(UserError) as refused:
         use_fast_layers(full_model("llama", torch.float32), FastRequest(fp8=plan, **request_))
     assert str(refused.value) == f"`fp8.enabled: true` and {other} exclude each other. Leave one of them out."
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_no_recipe_loses_more_than_torchaos_of_that_name(recipe):
+    float8 = pytest.importorskip("torchao.float8")
+    config = replace(float8.Float8LinearConfig.from_recipe_name(recipe), emulate=True)
+    scheme = choose_scheme(FP8Config(True, recipe, emulate=True), torch.device("cpu"), True)
+    torch.manual_seed(0)
+    linear, x, dy = torch.nn.Linear(128, 96).bfloat16(), *(torch.randn(256, n).bfloat16() for n in (128, 96))
+    results = []
+    for kind in ("exact", "torchao", "ours"):
+        model = torch.nn.Sequential(copy.deepcopy(linear))
+        if kind == "torchao":
+            model = float8.convert_to_float8_training(model, config=config)
+        if kind == "ours":
+            Fp8TrainedLinear.attach(model[0], Fp8TrainedStore.under(scheme))
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.backward(dy)
+        results.append([t.double() for t in (y.detach(), leaf.grad, model[0].weight.grad)])
+    exact, theirs, ours = results
+    for name, wanted, a, b in zip(("output", "input", "weight"), exact, theirs, ours, strict=True):
+        errors = [float((found - wanted).norm() / wanted.norm()) for found in (a, b)]
+        assert errors[1] <= 1.1 * errors[0] < 0.1, f"{name}: torchao {errors[0]:.4f}, ours {errors[1]:.4f}"
 
 
 def test_a_weight_that_changed_before_its_gradient_is_refused():
