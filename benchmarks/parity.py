@@ -13,6 +13,9 @@ LoRA r 16 on all projections; weights, data, order and seed are the same, and on
 | fp8 | fast layers over a base in 8 bits | plain | 1 % |
 | nf4_plain | `force_hf: true` over a base in 4 bits | | |
 | nf4 | fast layers over a base in 4 bits | nf4_plain | 0.2 % |
+| sft_plain | all weights learn, `force_hf: true` | | |
+| sft | all weights learn, fast layers | sft_plain | 0.2 % |
+| sft_fp8 | all weights learn in 8 bits, fast layers | sft_plain | 1 % |
 
 Two gates for each: the loss smoothed over a sixth of the run never differs by more than the tolerance, and neither does
 the loss on held-out rows after the last step. Exit status 1 when a gate is missed or a case does not run. Beside the
@@ -37,8 +40,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+FULL = {"peft": None, "optimizer": {"_target_": "torch.optim.AdamW", "lr": 2e-5, "weight_decay": 0.0}}
 NF4 = {"load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-COLOURS = ("#555555", "#0a7f3f", "#c2410c", "#1d4ed8", "#7e22ce")
+COLOURS = ("#555555", "#0a7f3f", "#c2410c", "#1d4ed8", "#7e22ce", "#92400e", "#0e7490", "#be123c")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ CASES = {
     "fp8": Case(True, {"fp8": {"enabled": True}}, "plain", 0.01),
     "nf4_plain": Case(False, {"quantization": NF4}),
     "nf4": Case(True, {"quantization": NF4}, "nf4_plain", 0.002),
+    "sft_plain": Case(False, FULL),
+    "sft": Case(True, FULL, "sft_plain", 0.002),
+    "sft_fp8": Case(True, {**FULL, "fp8": {"enabled": True}}, "sft_plain", 0.01),
 }
 
 
@@ -78,7 +85,7 @@ def config_of(case: Case, args: argparse.Namespace, model: Path, work: Path, nam
     choice: dict[str, Any] = {"force_hf": True}
     if case.is_fast:
         choice = {"fast_layers": "on"}
-    sections = {key: dict(value) for key, value in case.sections.items()}
+    sections = {key: None if value is None else dict(value) for key, value in case.sections.items()}
     if is_cpu and "fp8" in sections:
         sections["fp8"]["emulate"] = True
     if "quantization" in sections:
@@ -95,6 +102,7 @@ def config_of(case: Case, args: argparse.Namespace, model: Path, work: Path, nam
             **choice,
         },
         "peft": {"target_modules": "*_proj", "dim": 16, "alpha": 32},
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": args.lr, "weight_decay": 0.0},
         **sections,
         "step_scheduler": {
             "global_batch_size": args.rows,
@@ -108,7 +116,6 @@ def config_of(case: Case, args: argparse.Namespace, model: Path, work: Path, nam
         "validation_dataset": {**data, "split": "validation"},
         "validation_dataloader": {"batch_size": 50},
         "packed_sequence": {"packed_sequence_size": 0 if args.unpacked else args.seq_len},
-        "optimizer": {"_target_": "torch.optim.AdamW", "lr": args.lr, "weight_decay": 0.0},
         "checkpoint": {"enabled": False, "checkpoint_dir": str(work / name)},
     }
 

@@ -4,12 +4,16 @@
 
 **Kernels**: gradients of norms' weights against the same in float64. **Layers**: output and every gradient of one
 full-size layer in bf16, summed over two micro-batches, against Transformers' layer in fp32: cosine at least 0.9999 or
-that of Transformers' layer in bf16, less 1e-4; ratio of norms 0.99 to 1.01. **Steps**: weights are random and made on
-the device by `from_config`, tokens random over the full vocabulary and all of them labelled; clipping and the optimizer
-are inside the clock. A case is shape (llama3_1_8b, qwen3_8b), rows x length, what is recomputed (a name of
-`activation_checkpointing`), and the optimizer: a short name of docs/training.md; `plain-` before it takes Transformers'
-layers and the loss on logits (`plain-adam`), `-in_backward` behind it steps in the backward pass, one micro-batch a
-step without clipping. A fifth part, a number, exchanges the count of layers.
+that of Transformers' layer in bf16, less 1e-4; ratio of norms 0.99 to 1.01. In 8 bits, under each of torchao's
+recipes: cosine to the same roundings in PyTorch at least 0.999, and no further from fp32 than they are, by 0.002.
+**Steps**: weights are random and made on the device by `from_config`, tokens random over the full vocabulary and all
+of them labelled; clipping and the optimizer are inside the clock. A case is shape (llama3_1_8b, qwen3_8b), rows x
+length, what is recomputed (a name of
+`activation_checkpointing`), and the optimizer: a short name of docs/training.md; `plain-`
+before it takes Transformers' layers and the loss on logits (`plain-adam`), `-in_backward` behind it steps in the
+backward pass, one micro-batch a step without clipping. A fifth part, a number, exchanges the count of layers; `fp8`
+multiplies in 8 bits, with a recipe of torchao or a number of copies behind it: `fp8-tensorwise`, `fp8-0`,
+`fp8-rowwise-2`.
 
 `--device cpu --small` runs the script itself on any machine. Exit status 1 when a check fails.
 """
@@ -35,6 +39,7 @@ from measuring import dtype_of, environment, make_config, random_batches, time_s
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
+from nemo_automodel._transformers.fp8_base import resolve_fp8
 from nemo_automodel._transformers.frozen_head import tied_weights
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.distributed.grad import clip_grad_norm
@@ -42,8 +47,9 @@ from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.components.optim.config import optimizer_path
 from nemo_automodel.components.optim.in_backward import StepInBackward
 from nemo_automodel.components.optim.optimizer import build_optimizer
+from nemo_automodel.components.quantization.config import FP8_RECIPES, FP8Config
 from nemo_automodel.components.training.flops import FAST_RECOMPUTED, PLAIN_RECOMPUTED, StepSize, count_work
-from nemo_automodel.kernels import norm_grad
+from nemo_automodel.kernels import fp8, fp8_grad, norm_grad
 from nemo_automodel.kernels.jit import HAS_TRITON
 from nemo_automodel.kernels.rope import QKVLayout
 from nemo_automodel.recipes.engine import EagerEngine
@@ -72,6 +78,7 @@ def main() -> int:
     if not args.skip_checks:
         record["kernels"] = check_kernels(args, failures)
         record["layers"] = {family: check_layer(family, args, failures) for family in FAMILIES}
+        record["fp8_layers"] = {recipe: check_fp8_layer(recipe, args, failures) for recipe in FP8_RECIPES}
     record["steps"] = {}
     for case in filter(None, args.cases.split(",")):
         record["steps"][case] = time_case(case, args)
@@ -113,6 +120,12 @@ def check_kernels(args: argparse.Namespace, failures: list[str]) -> dict[str, fl
             ),
         ),
     }
+    for scale in (fp8_grad.column_scales(dy), fp8.quantize_rows(dy)[1], fp8.scale_of(fp8.largest(dy))):
+        outs = [fp8_grad.quantize_transposed(dy, scale, emulate=emulate) for emulate in (False, True)]
+        differ = float((outs[0].view(torch.uint8) != outs[1].view(torch.uint8)).float().mean())
+        print(f"kernel fp8 transposed, scales {list(scale.shape)}: {differ:.1e} of the numbers differ (ties)")
+        if not differ <= 1e-3:
+            failures.append(f"kernel fp8 transposed: {differ:.1e} of the numbers differ")
     errors = {name: relative_error(found, wanted) for name, (found, wanted) in results.items()}
     for name, error in errors.items():
         print(f"kernel {name:24s} error {error:.1e}")
@@ -123,28 +136,7 @@ def check_kernels(args: argparse.Namespace, failures: list[str]) -> dict[str, fl
 
 def check_layer(family: str, args: argparse.Namespace, failures: list[str]) -> dict[str, float]:
     """Compare the gradients of one layer, fast and as it is, with those of the same layer in fp32."""
-    device, half = args.device, dtype_of(args.device)
-    config = make_config(family, 1, args.small)
-    with torch.device(device):
-        oracle = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        for p in oracle.parameters():
-            p.data = (p.data + (0.02 * torch.randn_like(p) if p.ndim == 1 else 0)).to(half).float()
-    seq = 64 if args.small else 512
-    inputs = [torch.randn(2, seq, config.hidden_size, device=device).to(half) for _ in range(2)]
-    grads = [torch.randn(2, seq, config.hidden_size, device=device).to(half) for _ in range(2)]
-    positions = torch.arange(seq, device=device)[None]
-    models = {"oracle": oracle, "plain": copy.deepcopy(oracle).to(half), "fast": copy.deepcopy(oracle).to(half)}
-    use_fast_layers(models["fast"], FastRequest("on"))
-    tables = models["plain"].model.rotary_emb(inputs[0], positions)
-    results: dict[str, dict[str, torch.Tensor]] = {}
-    for name, model in models.items():
-        dtype, layer = model.dtype, model.model.layers[0]
-        for x, dy in zip(inputs, grads, strict=True):
-            leaf = x.to(dtype, copy=True).requires_grad_()
-            out = layer(leaf, position_embeddings=tuple(t.to(dtype) for t in tables), position_ids=positions)
-            out.backward(dy.to(dtype))
-        results[name] = {"output": out.detach() - x.to(dtype), "dx": leaf.grad - dy.to(dtype)}
-        results[name] |= {n: p.grad.detach() for n, p in layer.named_parameters()}
+    results = layer_results(family, args, {"oracle": None, "plain": None, "fast": FastRequest("on")})
     worst: dict[str, float] = {}
     for name in ("plain", "fast"):
         found = {key: agreement(value, results["oracle"][key]) for key, value in results[name].items()}
@@ -156,9 +148,64 @@ def check_layer(family: str, args: argparse.Namespace, failures: list[str]) -> d
             if name == "fast" and not (cosine >= least and 0.99 <= ratio <= 1.01):
                 failures.append(f"layer {family} {key}: cosine {cosine:.6f}, ratio {ratio:.4f}")
     print(f"layer {family}: " + ", ".join(f"{key} {value:.6f}" for key, value in worst.items()))
-    del models, oracle, results
-    clear(device)
+    del results
+    clear(args.device)
     return worst
+
+
+def check_fp8_layer(recipe: str, args: argparse.Namespace, failures: list[str]) -> dict[str, float]:
+    """Compare a layer in 8 bits with the same roundings in PyTorch, and both with fp32."""
+    requests: dict[str, FastRequest | None] = {"oracle": None}
+    for name in ("emulated", "fp8"):
+        cfg = FP8Config(True, recipe, emulate=args.device == "cpu" or name == "emulated")
+        requests[name] = FastRequest("on", fp8=resolve_fp8(cfg, False, torch.device(args.device)))
+    results = layer_results("qwen3_8b", args, requests)
+    found: dict[str, float] = {}
+    for key, value in results["fp8"].items():
+        alike = agreement(value, results["emulated"][key])[0]
+        exact = [agreement(results[name][key], results["oracle"][key])[0] for name in ("fp8", "emulated")]
+        found["to the emulation"] = min(alike, found.get("to the emulation", 1))
+        found["to fp32"] = min(exact[0], found.get("to fp32", 1))
+        if not (alike >= 0.999 and exact[0] >= exact[1] - 0.002):
+            failures.append(f"fp8 layer {recipe} {key}: cosine {alike:.6f} to the emulation, {exact} to fp32")
+    print(f"fp8 layer {recipe}: least cosine " + ", ".join(f"{key} {value:.6f}" for key, value in found.items()))
+    del results
+    clear(args.device)
+    return found
+
+
+def layer_results(
+    family: str, args: argparse.Namespace, requests: dict[str, FastRequest | None]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return output and gradients of one layer, summed over two micro-batches, as each request has it computed.
+
+    None leaves the layer as it is: ``oracle`` in fp32, others in the dtype of the device.
+    """
+    device, half = args.device, dtype_of(args.device)
+    config = make_config(family, 1, args.small)
+    with torch.device(device):
+        oracle = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        for p in oracle.parameters():
+            p.data = (p.data + (0.02 * torch.randn_like(p) if p.ndim == 1 else 0)).to(half).float()
+    seq = 64 if args.small else 512
+    inputs = [torch.randn(2, seq, config.hidden_size, device=device).to(half) for _ in range(2)]
+    grads = [torch.randn(2, seq, config.hidden_size, device=device).to(half) for _ in range(2)]
+    positions = torch.arange(seq, device=device)[None]
+    results: dict[str, dict[str, torch.Tensor]] = {}
+    for name, request in requests.items():
+        model = oracle if name == "oracle" else copy.deepcopy(oracle).to(half)
+        model.zero_grad()
+        if request is not None:
+            use_fast_layers(model, request)
+        dtype, layer = model.dtype, model.model.layers[0]
+        tables = model.model.rotary_emb(inputs[0], positions)
+        for x, dy in zip(inputs, grads, strict=True):
+            leaf = x.to(dtype, copy=True).requires_grad_()
+            out = layer(leaf, position_embeddings=tuple(t.to(dtype) for t in tables), position_ids=positions)
+            out.backward(dy.to(dtype))
+        results[name] = {"output": out.detach() - x.to(dtype), "dx": leaf.grad - dy.to(dtype)}
+        results[name] |= {n: p.grad.detach() for n, p in layer.named_parameters()}
+    return results
 
 
 def clear(device: str) -> None:
@@ -183,20 +230,31 @@ def time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
         clear(args.device)
 
 
+def read_fp8(part: str, device: str) -> dict[str, Any]:
+    """Return the keys of the ``fp8:`` section that ``fp8``, ``fp8-rowwise`` or ``fp8-0`` stand for."""
+    keys: dict[str, Any] = {"enabled": True, "emulate": device == "cpu"}
+    for word in part.split("-")[1:]:
+        keys["weight_copies" if word.isdigit() else "recipe_name"] = int(word) if word.isdigit() else word
+    return keys
+
+
 def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     shape, size, recompute, optimizer_name, *rest = case.split(":")
     rows, seq_len = map(int, size.split("x"))
     seq_len = min(seq_len, 96) if args.small else seq_len
+    layers = next((int(part) for part in rest if part.isdigit()), None)
+    fp8_keys = next((read_fp8(part, args.device) for part in rest if part.startswith("fp8")), None)
     is_plain, is_within = optimizer_name.startswith("plain-"), optimizer_name.endswith("-in_backward")
     optimizer_name = optimizer_name.removeprefix("plain-").removesuffix("-in_backward")
     grad_accum = 1 if is_within else args.grad_accum
     device = args.device
     started = time.perf_counter()
     model = NeMoAutoModelForCausalLM.from_config(
-        make_config(shape, int(rest[0]) if rest else None, args.small),
+        make_config(shape, layers, args.small),
         torch_dtype=str(dtype_of(device)).removeprefix("torch."),
         device=device,
         activation_checkpointing=recompute,
+        fp8_config=fp8_keys,
         **({"force_hf": True} if is_plain else {"fast_layers": "on"}),
     ).train()
     engine = EagerEngine(model, MaskedCrossEntropy(), model.device, joins_frozen_head=not is_plain)
@@ -239,6 +297,7 @@ def _time_case(case: str, args: argparse.Namespace) -> dict[str, Any]:
     if device != "cpu":
         name = torch.cuda.get_device_name()
         peak = next((tera for part, tera in PEAK_TFLOPS.items() if part in name), None)
+        peak = peak and peak * (2 if fp8_keys else 1)
         assert peak is None or tflops < peak, f"{tflops:.0f} TFLOP/s is above the peak of {name}: the count is wrong"
     print(
         f"{case}: {rate:,.0f} tok/s, {tflops:.0f} TFLOP/s, {result['ms_per_step']:.0f} ms a step, peak "

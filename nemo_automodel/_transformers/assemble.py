@@ -4,7 +4,7 @@
    random codes, and what it cannot read, and all of 8 bits, Transformers and bitsandbytes do;
 2. freeze what ``freeze_config`` names;
 3. put adapters on whatever linear layers are there, packed or not;
-4. move to the device, unless the weights were read straight onto it;
+4. move to the device, unless the weights were read straight onto it; have linear layers round if asked (``qat``);
 5. put fast decoder layers in where they apply (`fast_layers`), in 8 bits if asked (`fp8_base`); they recompute
    activations themselves;
 6. take the embedding to the host if asked;
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_automodel._transformers import quantized_load
+from nemo_automodel._transformers.compiling import compile_model
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
 from nemo_automodel._transformers.fp8_base import Fp8Plan
 from nemo_automodel._transformers.host_embedding import keep_on_host
@@ -33,6 +33,7 @@ from nemo_automodel._transformers.model_source import readable_errors
 from nemo_automodel._transformers.options import FREEZE_KEYS, Quantization
 from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
 from nemo_automodel.components.quantization.config import CompileConfig
+from nemo_automodel.components.quantization.qat import fake_quantize
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import is_available
 
@@ -43,6 +44,7 @@ _EXPENSIVE_OPS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -71,6 +73,8 @@ class AssemblyPlan:
     kernels: KernelRequest = field(default_factory=KernelRequest)
     quantization: Quantization | None = None
     fp8: Fp8Plan | None = None
+    qat: Any = None
+    """A `QATConfig`, or a quantizer of torchao's."""
     freeze: dict[str, bool] = field(default_factory=dict)
     peft: PeftConfig | None = None
     activation_checkpointing: str = "none"
@@ -94,12 +98,14 @@ def assemble(plan: AssemblyPlan) -> PreTrainedModel:
         logger.info("LoRA on %d linear layers, rank %d.", num_layers, plan.peft.dim)
     if plan.quantization is None:  # packed weights are already there, and some refuse to move
         model.to(plan.device)  # type: ignore[arg-type]
+    if plan.qat is not None:
+        fake_quantize(model, plan.qat)
     is_fast = use_fast_layers(model, _fast_request(plan))
     if plan.embeddings_on_host:
         keep_on_host(model, plan.device)
     if plan.activation_checkpointing != "none" and not is_fast:
         recompute_activations(model, plan.activation_checkpointing)
-    _compile(model, plan.compile, plan.compile_layers)
+    compile_model(model, plan.compile, plan.compile_layers)
     return model
 
 
@@ -116,6 +122,7 @@ def _fast_request(plan: AssemblyPlan) -> FastRequest:
         asks_attention=plan.asks_attention,
         kernels=plan.kernels,
         fp8=plan.fp8,
+        fake_quantizes=plan.qat is not None,
     )
 
 
@@ -265,32 +272,3 @@ def recompute_activations(model: PreTrainedModel, policy: str) -> None:
     # the public method also makes the embeddings' output need a gradient, as reentrant checkpoints want; that would run
     # the backward pass through frozen layers below the lowest adapter
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=partial(checkpoint, **kwargs))
-
-
-def _compile(model: PreTrainedModel, cfg: CompileConfig | None, compile_layers: bool) -> None:
-    """Compile in place, the whole model or layer by layer, so that no name changes. Work happens at the first step."""
-    is_whole = cfg is not None and cfg.enabled
-    if not (is_whole or compile_layers):
-        return
-    cfg = cfg or CompileConfig()
-    torch._dynamo.config.recompile_limit = cfg.dynamo_cache_size_limit
-    kwargs: dict[str, Any] = {
-        "fullgraph": cfg.fullgraph,
-        # rows differ in length: `False` would compile again for every length, `None` makes lengths symbolic when needed
-        "dynamic": cfg.dynamic or None,
-        "backend": cfg.backend or "inductor",
-        "mode": None if cfg.mode == "default" else cfg.mode,
-        "options": cfg.options or None,
-    }
-    if kwargs["mode"] and kwargs["options"]:
-        raise UserError("`compile.mode` and `compile.options` cannot both be set. Leave one of them out.")
-    if is_whole:
-        model.compile(**kwargs)
-        return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError(
-            f"{type(model).__name__} has no decoder layers to compile one by one. Use `compile.enabled: true`."
-        )
-    for layer in layers:
-        layer.compile(**kwargs)

@@ -92,13 +92,13 @@ class _NeMoAutoModel:
         name of `shared.memory_policies`, and ``mlp_tile_tokens`` divides the MLP, see docs/performance.md.
         ``compile_config`` compiles the whole model, ``compile_layers`` each decoder layer. ``fast_layers`` is ``auto``,
         ``on`` or ``off``: decoder layers in their fast form, see docs/performance.md; ``force_hf`` turns it off as
-        well. ``fp8_config`` stores the frozen base under an adapter in 8 bits. ``embeddings_on_host`` keeps the frozen
-        input embedding in the host's memory. ``kernels`` is ``measure``, ``defaults`` or a mapping, see there;
-        ``kernel_record`` what an earlier run of the same job measured, and ``row_shape`` the rows and positions of the
-        batches to come, if they are all alike. ``autocast_dtype`` says that the caller computes under autocast. The
-        liger and SDPA keys, ``backend``, ``has_packed_sequence`` and ``output_hidden_states`` are accepted and change
-        nothing. ``kwargs``: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``,
-        ``force_download``, or keys of config.json to override.
+        well. ``fp8_config`` multiplies in 8 bits: the frozen base under an adapter, or all weights.
+        ``embeddings_on_host`` keeps the frozen input embedding in the host's memory. ``kernels`` is ``measure``,
+        ``defaults`` or a mapping, see there; ``kernel_record`` what an earlier run of the same job measured, and
+        ``row_shape`` the rows and positions of the batches to come, if they are all alike. ``autocast_dtype`` says that
+        the caller computes under autocast. The liger and SDPA keys, ``backend``, ``has_packed_sequence`` and
+        ``output_hidden_states`` are accepted and change nothing. ``kwargs``: ``revision``, ``cache_dir``, ``token``,
+        ``local_files_only``, ``subfolder``, ``force_download``, or keys of config.json to override.
 
         Raises:
             UserError: every mistake of the caller, in one line: no such model, incomplete files, unknown keys or
@@ -166,6 +166,7 @@ class _NeMoAutoModel:
             kernels=KernelRequest(parse_kernels(options.kernels), options.kernel_record, options.row_shape),
             quantization=quantization,
             fp8=fp8,
+            qat=options.qat_config,
             freeze=options.freeze_config or {},
             peft=options.peft_config,
             activation_checkpointing=options.activation_checkpointing,

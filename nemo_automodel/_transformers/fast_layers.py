@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
 from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel._transformers.fp8_base import Fp8Packer, Fp8Plan
+from nemo_automodel._transformers.fp8_linears import train_linears_in_fp8
 from nemo_automodel._transformers.kernel_choice import KernelRequest, choose_kernels
 from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
 from nemo_automodel.components._peft.config import PeftConfig
@@ -73,13 +74,15 @@ class FastRequest:
     computes_in_fp8: bool = False
     """4-bit weights are multiplied in 8 bits, which only the fast layers can."""
     is_compiled: bool = False
+    fake_quantizes: bool = False
+    """Linear layers round their weights, for quantisation-aware training."""
     autocast_dtype: str | None = None
     asks_attention: bool = False
     """The attention implementation was named by the user, not chosen for him."""
     kernels: KernelRequest = field(default_factory=KernelRequest)
     """How the fast layers are to be computed."""
     fp8: Fp8Plan | None = None
-    """The base in 8 bits, which only the fast layers know: they are then asked for."""
+    """Products in 8 bits; of a frozen base only the fast layers know them: they are then asked for."""
 
 
 def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
@@ -99,7 +102,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
                 f"`quantization.compute_in_fp8: true` needs the fast decoder layers, and {reason}. Leave "
                 "`compute_in_fp8` out: weights stay in 4 bits and are multiplied in the compute dtype."
             )
-        if request.fp8 is not None:
+        if request.fp8 is not None and request.peft is not None:
             raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
         check_plain_memory(request.recompute, request.mlp_tile_tokens, reason)
         logger.info("Decoder layers: plain Transformers: %s.", reason)
@@ -114,6 +117,11 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
             )
         if request.kernels.wishes.asked:
             logger.info("`model.kernels` has no effect: it is about fast decoder layers.")
+        if request.fp8 is not None:
+            if request.autocast_dtype is not None or request.is_compiled:
+                other = "compiled layers" if request.is_compiled else "`distributed.autocast_dtype`"
+                raise UserError(f"`fp8.enabled: true` and {other} exclude each other. Leave one of them out.")
+            train_linears_in_fp8(model, request.fp8)
         return False
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
@@ -291,6 +299,7 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
         "`fast_layers: off`": request.wish == "off",
         "all weights are trained by several processes": peft is None and not is_alone(),
         "the layers are compiled instead": request.is_compiled,
+        "`qat` rounds weights in the linear layers": request.fake_quantizes,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,
         "DoRA with dropout is not on the fast path yet": peft is not None and peft.use_dora and peft.dropout > 0,
         "DoRA needs the weights in 16 bits or more": peft is not None and peft.use_dora and request.fp8 is not None,

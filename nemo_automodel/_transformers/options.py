@@ -83,8 +83,13 @@ class ModelOptions:
         for key in ("distributed_setup", "device_mesh"):
             if getattr(self, key) is not None:
                 raise NotSupportedYetError(f"`{key}` is not supported yet: this version uses one device. Leave it out.")
-        if self.qat_config is not None:
-            raise NotSupportedYetError("`qat_config` is not supported yet. Leave it out.")
+        if self.qat_config is not None and self.peft_config is not None:
+            raise ConfigError(
+                "`qat_config` and `peft_config` exclude each other: under adapters the weights that would be rounded "
+                "do not learn. Leave one of them out."
+            )
+        if self.qat_config is not None and self.fp8_config is not None:
+            raise ConfigError("`qat_config` and `fp8_config` exclude each other. Leave one of them out.")
         if self.activation_checkpointing not in RECOMPUTE_POLICIES:
             raise ConfigError(
                 f"`activation_checkpointing: {self.activation_checkpointing}` is not known. "

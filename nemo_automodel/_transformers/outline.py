@@ -107,6 +107,7 @@ def _request(options: ModelOptions) -> FastRequest:
         recompute=options.activation_checkpointing,
         force_hf=options.force_hf,
         is_compiled=options.compile_layers or (options.compile_config is not None and options.compile_config.enabled),
+        fake_quantizes=options.qat_config is not None,
         autocast_dtype=options.autocast_dtype,
         asks_attention=options.attn_implementation is not None,
     )

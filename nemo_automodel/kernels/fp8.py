@@ -42,17 +42,17 @@ class Rounded:
 
 
 def quantize_rows(
-    x_MK: torch.Tensor, factor_K: torch.Tensor | None = None, *, emulate: bool = False
+    x_MK: torch.Tensor, factor_K: torch.Tensor | None = None, *, emulate: bool = False, out: Rounded | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``x · factor / scale`` in E4M3, dense ``[M, K]``, and the scales of the rows, fp32 ``[M, 1]``.
 
     ``factor_K`` is fp32. A row of zeros has scale 1. ``emulate`` keeps to PyTorch, for GPUs that cannot make E4M3.
+    ``out`` is memory for both.
     """
-    out_MK = torch.empty(x_MK.shape, dtype=torch.float8_e4m3fn, device=x_MK.device)
-    scale_M1 = torch.empty((x_MK.shape[0], 1), dtype=torch.float32, device=x_MK.device)
+    out = Rounded.room(x_MK.shape[0], x_MK.shape[1], x_MK.device) if out is None else out
     run = quantize_rows_triton if runs_triton(x_MK) and not emulate else quantize_rows_reference
-    run(x_MK, factor_K, out_MK, scale_M1)
-    return out_MK, scale_M1
+    run(x_MK, factor_K, out.data_MK, out.scale_M1)
+    return out.data_MK, out.scale_M1
 
 
 def quantize_matrix(x_MK: torch.Tensor, *, emulate: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,9 +72,12 @@ def scale_of(top: torch.Tensor) -> torch.Tensor:
     return torch.where(top > 0, top / E4M3_MAX, 1.0).view(1, 1)
 
 
-def quantize_by(x_MK: torch.Tensor, scale_11: torch.Tensor, *, emulate: bool = False) -> torch.Tensor:
+def quantize_by(
+    x_MK: torch.Tensor, scale_11: torch.Tensor, *, emulate: bool = False, out_MK: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return ``x / scale`` in E4M3, dense ``[M, K]``; what lies outside its range becomes the largest number."""
-    out_MK = torch.empty(x_MK.shape, dtype=torch.float8_e4m3fn, device=x_MK.device)
+    if out_MK is None:
+        out_MK = torch.empty(x_MK.shape, dtype=torch.float8_e4m3fn, device=x_MK.device)
     run = quantize_by_triton if runs_triton(x_MK) and not emulate else quantize_by_reference
     run(x_MK, out_MK, scale_11)
     return out_MK
@@ -87,15 +90,17 @@ def scaled_product(
     w_scale: torch.Tensor,
     dtype: torch.dtype,
     emulate: bool = False,
+    fast_accum: bool = True,
 ) -> torch.Tensor:
     """Return ``(x · x_scale) @ (w · w_scale)ᵀ`` as ``[M, N]``. Both operands are E4M3 and dense, K a multiple of 16.
 
     Scales belong to rows, ``[M, 1]`` and ``[N, 1]``, or both are ``[1, 1]``. On the CPU, and where ``emulate`` asks for
-    it, the same numbers are multiplied in fp32 (float64 for float64).
+    it, the same numbers are multiplied in fp32 (float64 for float64). ``fast_accum`` adds in the matrix units alone,
+    which on Hopper keep 14 bits of a sum.
     """
     if x_MK.is_cuda and not emulate:
         return torch._scaled_mm(
-            x_MK, w_NK.t(), scale_a=x_scale, scale_b=w_scale.t(), out_dtype=dtype, use_fast_accum=True
+            x_MK, w_NK.t(), scale_a=x_scale, scale_b=w_scale.t(), out_dtype=dtype, use_fast_accum=fast_accum
         )
     return (dequantize(x_MK, x_scale, dtype) @ dequantize(w_NK, w_scale, dtype).t()).to(dtype)
 

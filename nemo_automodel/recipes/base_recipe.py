@@ -56,6 +56,7 @@ from nemo_automodel.components.optim.optimizer import (
     prepare_kwargs,
 )
 from nemo_automodel.components.optim.scheduler import OptimizerParamScheduler, SchedulePlan, plan_schedule
+from nemo_automodel.components.quantization.qat import DelayedStart
 from nemo_automodel.components.training.garbage_collection import GarbageCollection
 from nemo_automodel.components.training.rng import ScopedRNG, StatefulRNG
 from nemo_automodel.components.training.step_scheduler import Step, StepScheduler, TrainLoader
@@ -229,7 +230,16 @@ class BaseRecipe:
             run_name=self.model_name(),
         )
 
+    def fake_quantize_at(self, step: int) -> None:
+        """Make the model round, or not, as it does in a step; `qat.fake_quant_after_n_steps` says when it begins."""
+        if self._fake_quantization is not None:
+            self._fake_quantization.at_step(step)
+
     def _build_engine(self) -> None:
+        self._fake_quantization: DelayedStart | None = None
+        if self.settings.qat is not None:
+            self._fake_quantization = DelayedStart(self.model, self.settings.qat.fake_quant_after_n_steps)
+            self.fake_quantize_at(0)
         if self.settings.noise_alpha:
             add_embedding_noise(self.model, self.settings.noise_alpha)
             logger.info("NEFTune: noise on the embeddings, alpha %g.", self.settings.noise_alpha)
@@ -290,6 +300,7 @@ class BaseRecipe:
     def _go_on_from(self, checkpoint: Path) -> None:
         changes = changes_since(checkpoint, self.effective)
         self.checkpointer.load(checkpoint, self.state())
+        self.fake_quantize_at(self.schedule.step - 1)  # as when it was saved, for the check of the resume
         if self.schedule.realign():
             self.lr_scheduler.replan(self._plan_schedule())
         for line in consequences(changes):
@@ -361,6 +372,7 @@ class BaseRecipe:
             UserError: the loss or the gradient norm is not finite and the run is to stop then; the weights are as they
                 were before the step.
         """
+        self.fake_quantize_at(self.schedule.step - 1)
         num_label_tokens = self.mesh.sum_dp(count_label_tokens(batches))
         if num_label_tokens == 0:
             logger.warning(

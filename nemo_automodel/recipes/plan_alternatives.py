@@ -1,9 +1,9 @@
 """Settings near a run's own that need less memory, the nearest first.
 
-First come those under which the weights, the optimizer and the global batch stay as they are: recomputing some
-activations, fewer rows at once, recomputing all. Then, for adapters, a base in 4 bits. For full training, where
-weights, gradients and moments are most of the memory: steps in the backward pass, which free each gradient at once and
-want a single micro-batch a step without clipping; moments in 8 bits; and both.
+First come those under which the weights, the optimizer and the global batch stay as they are: no copies in 8 bits of
+weights that learn, recomputing some activations, fewer rows at once, recomputing all. Then, for adapters, a base in 4
+bits. For full training, where weights, gradients and moments are most of the memory: steps in the backward pass, which
+free each gradient at once and want a single micro-batch a step without clipping; moments in 8 bits; and both.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def alternatives(load: Workload, settings: RunSettings) -> Iterator[tuple[dict[s
     known = EXACT_POLICIES if load.plain is None else PLAIN_POLICIES
     further = RECOMPUTE_POLICIES[RECOMPUTE_POLICIES.index(load.recompute) + 1 :]
     policies = [load.recompute, *(name for name in further if name in known)]
+    if load.is_full and load.store == "fp8" and load.fp8_copies > 0:
+        yield {"fp8.weight_copies": 0}, load.changed(fp8_copies=0)
     for start in _starts(load, settings):
         can_split = has_rows and not start.has_one_micro_batch
         for rows in _halves(start.load.rows) if can_split else (start.load.rows,):

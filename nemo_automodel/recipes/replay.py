@@ -72,6 +72,7 @@ def replay(directory: Path, words: Sequence[str] = ()) -> Replay:
     recipe = resolve_recipe(recipe_path(recipe_name(config) or DEFAULT_RECIPE))(config)
     recipe.kernel_record = read_kernels(directory.resolve().parent.parent)  # the run directory, if it is still there
     recipe.set_up_model()
+    recipe.fake_quantize_at(dump.facts.step)
     names = parameter_names(recipe.model)
     parameters = {names[p]: p for p in recipe.model.parameters() if p.requires_grad}
     if dump.weights is not None:

@@ -18,7 +18,6 @@ from nemo_automodel.components.config.schema import (
 from nemo_automodel.components.datasets.config import DataCheckConfig, DataloaderConfig, PackedSequenceConfig
 from nemo_automodel.components.distributed.config import DistributedConfig
 from nemo_automodel.components.fast.config import parse_fast_layers, parse_kernels
-from nemo_automodel.components.quantization.config import FP8Config, QATSettings
 from nemo_automodel.components.training.config import StepSchedulerConfig
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
 from nemo_automodel.shared.imports import is_available, require
@@ -258,47 +257,12 @@ def check_distributed(distributed: DistributedConfig, node: ConfigNode | None) -
     return notices
 
 
-def check_fp8(fp8: FP8Config, config: ConfigNode, notices: list[str]) -> FP8Config | None:
-    """Return the settings of a base in 8 bits, None where it is off; note the keys without effect.
+def check_switches(config: ConfigNode) -> list[str]:
+    """Return a line for each switch that is on without effect.
 
     Raises:
-        NotSupportedYetError: there is no adapter, so the base would have to learn in 8 bits.
-        ConfigError: what excludes it.
-    """
-    if not fp8.enabled:
-        return None
-    if config.get("peft") is None:
-        raise NotSupportedYetError(
-            "`fp8.enabled: true` is not supported yet without `peft`: it stores a frozen base in 8 bits. Add a `peft` "
-            "section, or set it to false."
-        )
-    model = config["model"]
-    excluded = {
-        "quantization.load_in_4bit: true": config.get("quantization.load_in_4bit") is True,
-        "quantization.load_in_8bit: true": config.get("quantization.load_in_8bit") is True,
-        "model.force_hf: true": model.get("force_hf") is True,
-        "model.fast_layers: off": model.get("fast_layers") in (False, "off"),
-        "compile.enabled: true": config.get("compile.enabled") is True,
-        "distributed.enable_compile: true": config.get("distributed.enable_compile") is True,
-    }
-    for other, is_there in excluded.items():
-        if is_there:
-            raise ConfigError(f"`fp8.enabled: true` and `{other}` exclude each other. Leave one of them out.")
-    notices += [f"`fp8.{key}: true` has no effect on one device." for key in fp8.inert_keys()]
-    if fp8.recipe_name == "rowwise_with_gw_hp":
-        notices.append("`fp8.recipe_name: rowwise_with_gw_hp` is rowwise here: a frozen base has no weight gradient.")
-    return fp8
-
-
-def check_switches(config: ConfigNode, qat: QATSettings) -> list[str]:
-    """Refuse switches of later versions that are on; return a line for each that is on without effect.
-
-    Raises:
-        NotSupportedYetError: ``qat.enabled``.
         ConfigError: ``nvtx`` is neither true nor false.
     """
-    if qat.enabled:
-        raise NotSupportedYetError("`qat.enabled: true` is not supported yet. Set it to false.")
     nvtx = conform(config, "nvtx", bool | None, "") if "nvtx" in config else None
     return ["`nvtx: true` has no effect yet."] if nvtx else []
 

@@ -30,6 +30,7 @@ from nemo_automodel.components.training.config import (
 )
 from nemo_automodel.recipes import section_rules as rules
 from nemo_automodel.recipes.dataset_rules import TOKENIZER_RUNTIME, check_dataset, check_token_budget, single_sets
+from nemo_automodel.recipes.precision_rules import check_fp8, check_qat
 from nemo_automodel.shared.errors import ConfigError
 
 DEFAULT_SEED = 42
@@ -61,6 +62,8 @@ class RunSettings:
     """``None``: the weights keep their dtype."""
     fp8: FP8Config | None
     """``None``: the base is not multiplied in 8 bits."""
+    qat: QATSettings | None
+    """``None``: nothing is rounded while it learns."""
     freeze_embeddings: bool
     compile: CompileConfig
     loss_fn: ConfigNode
@@ -117,10 +120,7 @@ def effective_yaml(settings: RunSettings) -> dict[str, Any]:
 def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> RunSettings:
     distributed = build(DistributedConfig, _section(config, "distributed"), "distributed")
     notices += rules.check_distributed(distributed, _section(config, "distributed"))
-    notices += rules.check_switches(
-        config,
-        build(QATSettings, _section(config, "qat"), "qat"),
-    )
+    notices += rules.check_switches(config)
     validation_datasets = rules.validation_datasets(config)
     for node in (config["dataset"], *validation_datasets.values()):
         check_dataset(node)
@@ -131,6 +131,9 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
     peft = _peft(config)
     checkpoint, is_default = _checkpoint(config, peft, validation_datasets, notices)
     rules.check_in_backward(config["optimizer"], step_scheduler, _max_grad_norm(config))
+    compiling = build(CompileConfig, _section(config, "compile"), "compile")
+    if compiling.enabled and distributed.enable_compile:
+        notices.append("`distributed.enable_compile: true` has no effect: `compile.enabled` compiles the whole model.")
     return RunSettings(
         config=config,
         notices=notices,
@@ -143,9 +146,10 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         tokenizer=_tokenizer(config),
         peft=peft,
         quantization=_quantization(config, peft),
-        fp8=rules.check_fp8(build(FP8Config, _section(config, "fp8"), "fp8"), config, notices),
+        fp8=check_fp8(build(FP8Config, _section(config, "fp8"), "fp8"), config, notices),
+        qat=check_qat(config),
         freeze_embeddings=rules.freeze_embeddings(config),
-        compile=build(CompileConfig, _section(config, "compile"), "compile"),
+        compile=compiling,
         loss_fn=_loss_fn(config),
         optimizer=_optimizer(config),
         lr_scheduler=_lr_scheduler(config),

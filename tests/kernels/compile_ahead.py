@@ -17,6 +17,7 @@ from nemo_automodel.kernels import (
     copy_many,
     dropped_products,
     fp8,
+    fp8_grad,
     host_rows,
     linear_ce,
     lora,
@@ -110,6 +111,12 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         fp8._fp8_dequantize_kernel,
         {"x_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
         {"BLOCK": fp8._SCALE_BLOCK},
+    ),
+    (
+        "fp8 quantize transposed",
+        fp8_grad._fp8_quantize_transposed_kernel,
+        {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+        {"LARGEST": 448.0, "SCALE_ROW": 1, "SCALE_COL": 0, "TILE": fp8_grad._TILE},
     ),
     ("fp8 transpose", fp8._fp8_transpose_kernel, {"x_ptr": "*u8", "out_ptr": "*u8"}, {"TILE": fp8._TILE}),
     (

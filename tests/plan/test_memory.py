@@ -134,6 +134,26 @@ def test_recomputing_saves_memory_and_costs_time(llama_8b):
     assert plain[1].kept < plain[0].kept / 10
 
 
+def test_copies_in_8_bits_of_weights_that_learn_are_counted_beside_them():
+    found = outline.from_config(transformers.LlamaConfig(**LLAMA_8B))
+    load = load_of(found, is_full=True, trainable_bytes=2, state_bytes=4, rows=1)
+    num_linear = 6_979_321_856
+    dense = memory.peak(load)
+    fp8 = [memory.peak(load.changed(store="fp8", fp8_copies=copies)) for copies in (0, 1, 2)]
+    for copies, found_memory in enumerate(fp8):
+        scales = 4 * 32 * (6144 + 4096 + 2 * 4096 + 28672 + 4096 + 4096 + 14336)
+        assert found_memory.weights - dense.weights == pytest.approx(copies * num_linear + scales, rel=1e-3)
+        assert found_memory.optimizer == dense.optimizer
+    h100 = MACHINES["h100"]
+    rates = [speed.estimate(load.changed(store="fp8", fp8_copies=copies), h100).tokens_per_s for copies in (0, 1, 2)]
+    assert speed.estimate(load, h100).tokens_per_s < rates[0] < rates[1] < rates[2]
+    with_grads = load.changed(store="fp8", fp8_weight_grads=True)
+    assert speed.estimate(with_grads, h100).products < speed.estimate(load.changed(store="fp8"), h100).products
+    few = {"store": "fp8", "labelled_share": 0.01}  # so that the layers' peak is the higher one
+    working = [memory.peak(load.changed(fp8_weight_grads=grads, **few)).working for grads in (False, True)]
+    assert working[1] - working[0] == 28672 * 4096 * 2 + (28672 + 4096) * 4096  # a product, and its operands again
+
+
 def test_full_training_of_an_8b_fits_an_80_gb_card_with_all_state_in_16_bits():
     """8 bytes a weight are 59.8 GiB; 1 × 4096 tokens keep 11.5, and the logits once are 1.0."""
     found = outline.from_config(transformers.LlamaConfig(**LLAMA_8B))

@@ -62,6 +62,17 @@ def test_the_overrides_that_it_names_make_the_run_fit(recipe, capsys):
     assert found["fits"]
 
 
+def test_copies_in_8_bits_are_the_first_to_go(recipe, capsys):
+    more = {"optimizer": {"_target_": "adam", "lr": 1e-3}, "model__fast_layers": "auto", "fp8": {"enabled": True}}
+    path = recipe(step_scheduler__local_batch_size=1, **more)
+    status, found = plan(capsys, path, "--seq-len", "4096", "--gpu", "h100")
+    assert status == 1
+    assert found["overrides_that_fit"] == {"fp8.weight_copies": 0}
+    status, fitting = plan(capsys, path, "--fp8.weight_copies", "0", "--seq-len", "4096", "--gpu", "h100")
+    assert status == 0
+    assert found["memory_gib"]["weights"] - fitting["memory_gib"]["weights"] == pytest.approx(6.5, abs=0.05)
+
+
 def test_a_run_that_nothing_saves_says_so(recipe, capsys):
     assert main(["plan", recipe(), "--gpu", "rtx3090"]) == 1
     out = capsys.readouterr().out
@@ -87,7 +98,7 @@ ADAM = {"_target_": "torch.optim.Adam", "lr": 1e-3, "fused": True}
     ("batch", "optimizer", "gpu", "expected"),
     [
         (1, ADAM, "a100-40", {"optimizer.in_backward": True, "clip_grad_norm.max_norm": None}),
-        (64, ADAM, "h100", {"optimizer": {"_target_": "adamw8bit", "lr": 1e-3}}),
+        (2048, ADAM, "h100", {"optimizer": {"_target_": "adamw8bit", "lr": 1e-3}}),
     ],
 )
 def test_full_training_that_does_not_fit_is_offered_a_smaller_optimizer(

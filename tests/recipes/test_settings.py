@@ -219,29 +219,86 @@ PEFT = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "target_m
 def test_a_base_in_8_bits():
     fp8 = settings_of(peft=PEFT, fp8={"enabled": True, "emulate": True, "weight_copies": 1}).fp8
     assert fp8 is not None
-    assert (fp8.emulate, fp8.num_copies, fp8.recipe_name) == (True, 1, None)
+    assert (fp8.emulate, fp8.num_copies(False), fp8.recipe_name) == (True, 1, None)
     assert settings_of(peft=PEFT, fp8={"enabled": False}).fp8 is None
     again = settings_of(peft=PEFT, fp8={"enabled": True, "force_recompute_fp8_weight_in_bwd": True}).fp8
     assert again is not None
-    assert again.num_copies == 1
+    assert again.num_copies(False) == 1
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"fp8__recipe_name": "rowise"}, "`fp8.recipe_name: rowise` is not known. Did you mean `rowwise`?"),
-        ({"fp8__weight_copies": 3}, "`fp8.weight_copies` is 3, but it must be 1 or 2. Use 1 or 2."),
+        ({"fp8__weight_copies": 3}, "`fp8.weight_copies` is 3, but it must be 0, 1 or 2. Use one of them."),
         ({"model__force_hf": True}, "`fp8.enabled: true` and `model.force_hf: true` exclude each other."),
         ({"model__fast_layers": False}, "`fp8.enabled: true` and `model.fast_layers: off` exclude each other."),
         ({"quantization__load_in_4bit": True}, "`fp8.enabled: true` and `quantization.load_in_4bit: true` exclude"),
         ({"compile__enabled": True}, "`fp8.enabled: true` and `compile.enabled: true` exclude each other."),
         ({"fp8__copies": 1}, "`fp8.copies`: unknown key `copies`."),
+        (
+            {"fp8__weight_copies": 0},
+            "`fp8.weight_copies: 0` keeps no weights in 8 bits, but a base under `peft` has no others. Use 1 or 2.",
+        ),
     ],
 )
 def test_what_a_base_in_8_bits_excludes(sections: dict, message: str):
     with pytest.raises(ConfigError) as refused:
         settings_of(**{"peft": dict(PEFT), "fp8__enabled": True, **sections})
     assert str(refused.value).startswith(message)
+
+
+def test_all_weights_in_8_bits():
+    cases: list[tuple[dict, tuple[int, bool]]] = [
+        ({}, (1, False)),
+        ({"weight_copies": 0}, (0, False)),
+        ({"recipe_name": "rowwise_with_gw_hp", "weight_copies": 2}, (2, False)),
+        ({"recipe_name": "rowwise", "force_recompute_fp8_weight_in_bwd": True, "weight_copies": 2}, (1, True)),
+        ({"recipe_name": "tensorwise", "force_recompute_fp8_weight_in_bwd": True, "weight_copies": 0}, (0, True)),
+    ]
+    for keys, wanted in cases:
+        settings = settings_of(fp8={"enabled": True, **keys}, model__force_hf=True)
+        assert settings.fp8 is not None
+        assert (settings.fp8.num_copies(True), settings.fp8.has_weight_grads) == wanted
+        assert settings.notices == []
+
+
+@pytest.mark.parametrize(
+    ("qat", "more", "message"),
+    [
+        (
+            {},
+            {"peft": PEFT},
+            "`qat.enabled: true` and `peft` exclude each other: under adapters the weights that would ",
+        ),
+        ({"fake_quant_after_n_steps": -1}, {}, "`qat.fake_quant_after_n_steps` is -1, but it cannot be negative. "),
+        ({"qat_config": {}, "quantizer": {}}, {}, "`qat.qat_config` and `qat.quantizer` are both set. Leave one of "),
+        ({}, {"fp8__enabled": True}, "`fp8.enabled: true` and `qat.enabled: true` exclude each other."),
+        ({"groupsize": 32}, {}, "`qat.groupsize`: unknown key `groupsize`."),
+    ],
+)
+def test_what_quantisation_aware_training_excludes(qat: dict, more: dict, message: str):
+    with pytest.raises(ConfigError) as refused:
+        settings_of(qat={"enabled": True, **qat}, **more)
+    assert str(refused.value).startswith(message)
+
+
+def test_schemes_of_quantisation_aware_training():
+    pytest.importorskip("torchao")
+    target = "nemo_automodel.components.quantization.qat.QATConfig"
+    for keys in ({}, {"qat_config": {"groupsize": 64}}, {"qat_config": {"_target_": target, "precision": "bfloat16"}}):
+        found = settings_of(qat={"enabled": True, **keys}).qat
+        assert found is not None
+        assert found.qat_config["_target_"] == target
+    assert settings_of(qat={"enabled": False, "qat_config": {"groupsize": 64}}).qat is None
+    for keys, message in (
+        ({"group_size": 64}, "`qat.qat_config.group_size`"),
+        ({"groupsize": 1}, "`qat.qat_config.groupsize` is 1, but for int8_dynact_int4weight it must be at least 2."),
+        ({"precision": "bf61"}, "`qat.qat_config.precision: bf61` is not a dtype."),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            settings_of(qat={"enabled": True, "qat_config": keys})
+        assert str(refused.value).startswith(message)
 
 
 def test_keys_of_fp8_without_effect():
@@ -263,8 +320,6 @@ def test_freeze_embeddings_is_honoured():
         *(({f"distributed__{size}_size": 2}, f"distributed.{size}_size") for size in ("dp", "tp", "pp", "cp", "ep")),
         ({"distributed__dp_replicate_size": 2}, "distributed.dp_replicate_size"),
         ({"distributed__offload_policy": {"_target_": "torch.distributed.fsdp.CPUOffloadPolicy"}}, "offload_policy"),
-        ({"fp8__enabled": True}, "fp8.enabled"),
-        ({"qat__enabled": True}, "qat.enabled"),
         ({"checkpoint__model_repo_id": "me/model"}, "checkpoint.model_repo_id"),
         ({"checkpoint__checkpoint_dir": "msc://bucket/x"}, "checkpoint.checkpoint_dir"),
         ({"packed_sequence__pack_size": 1024}, "packed_sequence.pack_size"),

@@ -186,10 +186,10 @@ def test_keys_without_effect(model_dirs, caplog):
 
 
 def test_what_is_not_there_yet(model_dirs):
-    for key in ("device_mesh", "distributed_setup", "qat_config"):
+    for key in ("device_mesh", "distributed_setup"):
         with pytest.raises(NotSupportedYetError, match=key):
             load(model_dirs("llama"), **{key: object()})
-    with pytest.raises(NotSupportedYetError, match="is not supported yet without `peft`"):
+    with pytest.raises(UserError, match="but the model is on the cpu"):
         load(model_dirs("llama"), fp8_config={"enabled": True})
     assert load(model_dirs("llama"), fp8_config={"enabled": False}).dtype == torch.float32
 

@@ -61,6 +61,7 @@ _CONSEQUENCES = {
     "peft": _COMPUTED,
     "quantization": _COMPUTED,
     "fp8": _COMPUTED,
+    "qat": _COMPUTED,
     "compile": _COMPUTED,
     "distributed": _COMPUTED,
     "loss_fn": _COMPUTED,

@@ -61,7 +61,6 @@ _LATER_TARGETS: dict[str, str] = {
     "nemo_automodel.components.loss.infonce": "retrieval models",
     "nemo_automodel.components.loss.kd_loss": "knowledge distillation",
     "nemo_automodel.components.models": "models of our own",
-    "nemo_automodel.components.quantization.qat": "quantisation-aware training",
 }
 # the targets of a room that is partly here
 _LATER_DATASETS = frozenset(

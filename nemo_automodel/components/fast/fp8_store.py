@@ -9,6 +9,7 @@ Two copies keep the transposed bytes as well, one copy makes them when they are 
 the same numbers for half the memory and the time to move the bytes. Where the card has no product with scales of rows,
 every operand has one scale (`Fp8Scheme.by_rows`).
 
+`Fp8Products` are the products, for weights that learn as well (`fp8_trained`), `Fp8Store` keeps weights that do not.
 Adapters stay in the dtype of the model, and their update is added afterwards, by the next kernel where it can.
 Whatever gives the layers' weights other memory is noticed as in `WeightStore`, and they are packed again.
 
@@ -18,7 +19,7 @@ Shapes as in `weight_store`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -28,6 +29,9 @@ from nemo_automodel.components.fast.weight_store import WeightStore
 from nemo_automodel.kernels import fp8
 from nemo_automodel.kernels.lora import Update, add_update_
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @dataclass(frozen=True)
 class Fp8Scheme:
@@ -36,24 +40,104 @@ class Fp8Scheme:
     by_rows: bool = True
     """A scale for each token and each output channel, or one for a whole matrix."""
     copies: int = 2
-    """2 keeps the bytes both ways round, 1 transposes them in every backward pass."""
+    """2 keeps the bytes both ways round, 1 transposes them in every backward pass, 0 keeps none (`fp8_trained`)."""
     emulate: bool = False
     """Round in the same places and multiply in fp32, on any device."""
     rounds_in_norm: bool = True
     """Norms round their outputs as they write them, instead of a pass over them: 1.5 of 388 ms by the bytes saved, with
     scales of rows only. SwiGLU cannot: a row of it is wider than a program holds, so it would be read again anyway."""
+    weight_grads: bool = False
+    """Gradients of weights that learn are products in 8 bits as well."""
 
 
-class Fp8Store(WeightStore):
-    """Weights in E4M3; the layers become `Fp8Linear` with views of the packed bytes."""
+class Fp8Products(WeightStore):
+    """The products of all stores in 8 bits; where the bytes come from is theirs."""
 
     scheme: ClassVar[Fp8Scheme] = Fp8Scheme()
+    _scale_N1: torch.Tensor
+    _ones_K1: torch.Tensor
 
     @classmethod
-    def under(cls, scheme: Fp8Scheme) -> type[Fp8Store]:
+    def under(cls, scheme: Fp8Scheme) -> type[Self]:
         """Return the store of a scheme, named after it."""
-        name = f"Fp8Store{scheme.copies}{'Rows' if scheme.by_rows else 'Matrix'}{'Emulated' if scheme.emulate else ''}"
-        return type(name, (cls,), {"scheme": scheme})
+        names = ["Rows" if scheme.by_rows else "Matrix", *["Emulated"] * scheme.emulate, *["Gw"] * scheme.weight_grads]
+        return type(f"{cls.__name__}{scheme.copies}{''.join(names)}", (cls,), {"scheme": scheme})
+
+    def forward_bytes(self) -> torch.Tensor:
+        """Return the weights in E4M3, ``[N, K]``."""
+        raise NotImplementedError
+
+    def backward_bytes(self) -> torch.Tensor:
+        """Return the same bytes as ``[K, N]``; they may lie in memory that the next call overwrites."""
+        raise NotImplementedError
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.scheme.emulate or not self._scale_N1.is_cuda
+
+    def room_for_rounded(self, num_tokens: int) -> fp8.Rounded | None:
+        """Return room for inputs in 8 bits; None under another scheme, or where the GPU cannot make E4M3."""
+        scheme = self.scheme
+        if not (scheme.by_rows and scheme.rounds_in_norm) or (scheme.emulate and self._scale_N1.is_cuda):
+            return None
+        return fp8.Rounded.room(num_tokens, self.num_in, self._scale_N1.device)
+
+    def _product(self, x_TM: torch.Tensor, rounded: fp8.Rounded | None = None) -> torch.Tensor:
+        """Return x·Wᵀ; ``rounded`` is x in 8 bits where somebody made it already."""
+        weight_NK = self.forward_bytes()
+        if self.scheme.by_rows:
+            if rounded is None:
+                rounded = fp8.Rounded(*fp8.quantize_rows(x_TM, emulate=self.scheme.emulate))
+            x, scale, w_scale = rounded.data_MK, rounded.scale_M1, self._scale_N1
+        else:
+            x, scale = fp8.quantize_matrix(x_TM, emulate=self.scheme.emulate)
+            w_scale = self._scale_N1[:1]
+        return fp8.scaled_product(x, scale, weight_NK, w_scale, self.dtype, self._is_plain)
+
+    def _back_product(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """Return dy·W."""
+        if self.scheme.by_rows:
+            dy, scale = fp8.quantize_rows(dy_TN, self._scale_N1.view(-1), emulate=self.scheme.emulate)
+            w_scale = self._ones_K1
+        else:
+            dy, scale = fp8.quantize_matrix(dy_TN, emulate=self.scheme.emulate)
+            w_scale = self._scale_N1[:1]
+        return fp8.scaled_product(dy, scale, self.backward_bytes(), w_scale, self.dtype, self._is_plain)
+
+    def pending(self, low_TR: torch.Tensor | None) -> Update | None:
+        """Return the update."""
+        return None if low_TR is None else self._update(low_TR)
+
+    def forward_pending(
+        self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: fp8.Rounded | None = None
+    ) -> torch.Tensor:
+        """Return the outputs of the base weights."""
+        return self._product(x_TM, rounded)
+
+    def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
+        """Return the gradient through the base weights, and the adapters' share."""
+        return self._back_product(dy_TM), None if dlow_TR is None else self._dgrad_update(dlow_TR)
+
+    def forward(
+        self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: fp8.Rounded | None = None
+    ) -> torch.Tensor:
+        """Return the outputs; see `WeightStore.forward`."""
+        y_TN = self._product(x_TM, rounded)
+        return y_TN if low_TR is None else y_TN.addmm_(low_TR, self._b_NR.t())
+
+    def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return residual + outputs."""
+        y_TN = self._product(x_TM)
+        return y_TN.add_(residual_TN) if low_TR is None else add_update_(y_TN, self._update(low_TR), residual_TN)
+
+    def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
+        """Return the gradient of the inputs; see `WeightStore.dgrad`."""
+        dx_TK = self._back_product(dy_TM)
+        return dx_TK if dlow_TR is None else dx_TK.addmm_(dlow_TR, self._a_RK)
+
+
+class Fp8Store(Fp8Products):
+    """Frozen weights in E4M3; the layers become `Fp8Linear` with views of the packed bytes."""
 
     def _pack(self) -> None:
         self.margin = 0
@@ -102,41 +186,11 @@ class Fp8Store(WeightStore):
         marks = [number for x in linears if isinstance(x, Fp8Linear) for number in (x.weight._version, id(x.scale_N1))]
         return [*super()._base_addresses(), *marks]
 
-    # Products.
+    def forward_bytes(self) -> torch.Tensor:
+        """Return the bytes of the layers."""
+        return self._weight_NK
 
-    @property
-    def _is_plain(self) -> bool:
-        return self.scheme.emulate or not self._weight_NK.is_cuda
-
-    def room_for_rounded(self, num_tokens: int) -> fp8.Rounded | None:
-        """Return room for inputs in 8 bits; None under another scheme, or where the GPU cannot make E4M3."""
-        scheme = self.scheme
-        if not (scheme.by_rows and scheme.rounds_in_norm) or (scheme.emulate and self._weight_NK.is_cuda):
-            return None
-        return fp8.Rounded.room(num_tokens, self.num_in, self._weight_NK.device)
-
-    def _product(self, x_TM: torch.Tensor, rounded: fp8.Rounded | None = None) -> torch.Tensor:
-        """Return x·Wᵀ; ``rounded`` is x in 8 bits where somebody made it already."""
-        if self.scheme.by_rows:
-            if rounded is None:
-                rounded = fp8.Rounded(*fp8.quantize_rows(x_TM, emulate=self.scheme.emulate))
-            x, scale, w_scale = rounded.data_MK, rounded.scale_M1, self._scale_N1
-        else:
-            x, scale = fp8.quantize_matrix(x_TM, emulate=self.scheme.emulate)
-            w_scale = self._scale_N1[:1]
-        return fp8.scaled_product(x, scale, self._weight_NK, w_scale, self.dtype, self._is_plain)
-
-    def _back_product(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        """Return dy·W."""
-        if self.scheme.by_rows:
-            dy, scale = fp8.quantize_rows(dy_TN, self._scale_N1.view(-1), emulate=self.scheme.emulate)
-            w_scale = self._ones_K1
-        else:
-            dy, scale = fp8.quantize_matrix(dy_TN, emulate=self.scheme.emulate)
-            w_scale = self._scale_N1[:1]
-        return fp8.scaled_product(dy, scale, self._bytes_KN(), w_scale, self.dtype, self._is_plain)
-
-    def _bytes_KN(self) -> torch.Tensor:
+    def backward_bytes(self) -> torch.Tensor:
         """Return the bytes transposed; without a copy of their own, in memory that the next call overwrites."""
         if self._is_plain:
             return self._weight_NK.t()
@@ -145,34 +199,3 @@ class Fp8Store(WeightStore):
         bytes_KN = self._scratch.matrix(self.num_in, self.num_out, E4M3)
         fp8.transpose_bytes(self._weight_NK, bytes_KN)
         return bytes_KN
-
-    def pending(self, low_TR: torch.Tensor | None) -> Update | None:
-        """Return the update."""
-        return None if low_TR is None else self._update(low_TR)
-
-    def forward_pending(
-        self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: fp8.Rounded | None = None
-    ) -> torch.Tensor:
-        """Return the outputs of the base weights."""
-        return self._product(x_TM, rounded)
-
-    def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
-        """Return the gradient through the base weights, and the adapters' share."""
-        return self._back_product(dy_TM), None if dlow_TR is None else self._dgrad_update(dlow_TR)
-
-    def forward(
-        self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: fp8.Rounded | None = None
-    ) -> torch.Tensor:
-        """Return the outputs; see `WeightStore.forward`."""
-        y_TN = self._product(x_TM, rounded)
-        return y_TN if low_TR is None else y_TN.addmm_(low_TR, self._b_NR.t())
-
-    def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
-        """Return residual + outputs."""
-        y_TN = self._product(x_TM)
-        return y_TN.add_(residual_TN) if low_TR is None else add_update_(y_TN, self._update(low_TR), residual_TN)
-
-    def dgrad(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> torch.Tensor:
-        """Return the gradient of the inputs; see `WeightStore.dgrad`."""
-        dx_TK = self._back_product(dy_TM)
-        return dx_TK if dlow_TR is None else dx_TK.addmm_(dlow_TR, self._a_RK)

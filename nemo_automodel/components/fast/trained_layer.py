@@ -49,17 +49,21 @@ class TrainedStore(DenseStore):
         """Add to the gradients of what learns: weights, for which the inputs must be given, and biases."""
         weights = [slot.linear.weight for slot in self.slots]
         if x_TK is not None and all(weight.requires_grad for weight in weights):
-            add_product_grad(weights, dy_TN, x_TK)
+            self._add_product(weights, dy_TN, x_TK)
         elif x_TK is not None:
             for slot, rows, _ in self._places:
                 if slot.linear.weight.requires_grad:
-                    add_product_grad([slot.linear.weight], dy_TN[:, rows], x_TK)
+                    self._add_product([slot.linear.weight], dy_TN[:, rows], x_TK)
         if self.bias_N is None:
             return
         math_dtype = torch.promote_types(dy_TN.dtype, torch.float32)
         for slot, rows, _ in self._places:
             if slot.linear.bias.requires_grad:
                 add_grad([slot.linear.bias], dy_TN[:, rows].sum(0, dtype=math_dtype))
+
+    def _add_product(self, weights: list[torch.Tensor], dy_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
+        """Add dyᵀ·x to the gradients of ``weights``, whose outputs lie side by side in ``dy_TN``."""
+        add_product_grad(weights, dy_TN, x_TK)
 
 
 class TrainedCore(DecoderCore):

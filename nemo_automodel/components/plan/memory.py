@@ -81,7 +81,8 @@ def _weight_bytes(load: Workload) -> float:
     """Return the bytes of the linear layers of all decoder layers."""
     linears = load.shape.linears
     if load.is_full:
-        return load.shape.num_linear * load.trainable_bytes
+        weights = load.shape.num_linear * load.trainable_bytes
+        return weights + (_beside_trained(load) if load.store == "fp8" else 0)
     if load.store == "nf4":
         return load.shape.num_linear * _NF4_BYTES + _folded(load)
     if load.store == "int8":
@@ -90,6 +91,12 @@ def _weight_bytes(load: Workload) -> float:
         scales = sum(4 * x.count * (x.num_out + (x.num_in if load.fp8_copies == 2 else 0)) for x in linears)
         return load.shape.num_linear * load.fp8_copies + scales + _folded(load)
     return load.shape.num_linear * load.weight_bytes + _folded(load)
+
+
+def _beside_trained(load: Workload) -> int:
+    """Return the bytes of copies in 8 bits of weights that learn, and of their scales."""
+    scales = sum(4 * count * (num_in + num_out) for num_in, num_out, _, count in _packs(load))
+    return load.shape.num_linear * load.fp8_copies + scales
 
 
 def _folded(load: Workload) -> float:
@@ -212,4 +219,9 @@ def _scratch(load: Workload) -> float:
         largest = max(num_in * num_out for num_in, num_out, _, _ in _packs(load))
     if load.store == "nf4":
         return largest * (1 if load.computes_in_fp8 else load.weight_bytes)
-    return largest if load.store == "fp8" and load.fp8_copies == 1 else 0
+    if load.store != "fp8":
+        return 0
+    # with weight gradients in 8 bits: both operands again, turned round, and the product before it is added
+    widest = max(num_in + num_out for num_in, num_out, _, _ in _packs(load))
+    product = widest * load.tokens + largest * load.trainable_bytes if load.is_full and load.fp8_weight_grads else 0
+    return product + (largest if load.fp8_copies < 2 else 0)

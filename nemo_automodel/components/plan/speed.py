@@ -66,6 +66,8 @@ def estimate(load: Workload, machine: Machine) -> Speed:
     attention = (3.5 + (load.makes_again == "all")) * 2 * shape.num_layers * shape.q_width * attended * load.tokens
     launches = (_FAST_LAUNCHES if load.plain is None else _PLAIN_LAUNCHES) * shape.num_layers * _LAUNCH_S
     state = load.num_trainable * (load.trainable_bytes * 4 + 2 * load.state_bytes)
+    if in_fp8 and load.is_full and not load.fp8_weight_grads:  # one of the three products of a weight is in 16 bits
+        linear += 2 * load.tokens * shape.num_linear * (rate / machine.bf16_tflops - 1)
     return Speed(
         products=linear / rate / tera + head / machine.bf16_tflops / tera,
         attention=attention / machine.attention_tflops / tera,
@@ -103,6 +105,8 @@ def _moved_bytes(load: Workload) -> float:
     moved = load.tokens * per_token
     if load.is_full and load.plain is None:  # products write gradients, and add to those of earlier micro-batches
         moved += (1 if load.grad_accum == 1 else 2) * load.num_trainable * load.trainable_bytes
+    if load.is_full and load.store == "fp8" and load.fp8_copies < 2:  # transposed, or rounded there and back
+        moved += shape.num_linear * (2 if load.fp8_copies == 1 else 6)
     if load.store in ("nf4", "int8"):  # unpacked for each pass
         moved += (3 if load.makes_again == "all" else 2) * (1.55 if load.computes_in_fp8 else 2.55) * shape.num_linear
     return moved

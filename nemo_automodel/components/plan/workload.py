@@ -105,8 +105,11 @@ class Workload:
     seq_len: int
     grad_accum: int
     store: str = "dense"
-    """How frozen weights lie in memory: dense, fp8, nf4 or int8."""
+    """How weights are multiplied: dense, fp8, nf4 or int8. Frozen ones lie so in memory."""
     fp8_copies: int = 2
+    """Of a weight in 8 bits; beside the weight itself where it learns."""
+    fp8_weight_grads: bool = False
+    """Gradients of weights that learn are products in 8 bits too."""
     computes_in_fp8: bool = False
     """Weights in 4 bits are multiplied in 8."""
     embeddings_on_host: bool = False

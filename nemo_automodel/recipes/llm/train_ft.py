@@ -75,7 +75,10 @@ def model_wishes(settings: RunSettings, peft: Any) -> dict[str, Any]:
         wishes["quantization_config"] = settings.quantization
     if settings.fp8 is not None:
         wishes["fp8_config"] = settings.fp8
-    if settings.compile.enabled:
+    if settings.qat is not None:
+        scheme = settings.qat.quantizer if settings.qat.quantizer is not None else settings.qat.qat_config
+        wishes["qat_config"] = scheme.instantiate()
+    if settings.compile.enabled or settings.distributed.enable_compile:
         wishes["compile_config"] = settings.compile
     if settings.distributed.enable_compile:
         wishes["compile_layers"] = True
