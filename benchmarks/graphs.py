@@ -1,11 +1,12 @@
-"""Recorded layers against the same layers unrecorded: every loss to the last bit, and the rates.
+"""Recorded layers against the same layers unrecorded: the losses, and the rates.
 
     python benchmarks/graphs.py [--cases smollm2_135m:2x4096,...] [--seconds 10] [--out results.json]
 
 A case is shape, rows x length, and what else: `lora` (the default), `sft`, `fp8`, `nf4`; `dropout`; `packed` (documents
 of about 170 tokens); `full` or `selective`; and a number, which exchanges the count of layers. Weights are random and
 made on the device, tokens random, all labelled; a step is eight micro-batches, clipping and AdamW. Both ways start from
-the same weights and random numbers. Exit status 1 where losses differ.
+the same weights and random numbers; two runs without recordings differ too where attention's backward pass adds in no
+fixed order, so one more shows by how much. Exit status 1 where recording differs by more than three times that.
 """
 
 from __future__ import annotations
@@ -47,18 +48,19 @@ def main() -> int:
     record: dict[str, Any] = {"environment": environment("cuda"), "argv": sys.argv[1:], "cases": {}}
     differ = []
     for case in args.cases.split(","):
-        ways = {wish: run(case, wish, args) for wish in ("off", "on")}
-        ways["same losses"] = ways["off"].pop("first losses") == ways["on"]["first losses"]
+        ways = {"again": run(case, "off", args, seconds=0), "off": run(case, "off", args), "on": run(case, "on", args)}
+        ways["noise"] = gap(ways["again"], ways["off"])
+        ways["difference"] = gap(ways["on"], ways["off"])
         ways["faster"] = ways["on"]["tokens_per_s"] / ways["off"]["tokens_per_s"]
         record["cases"][case] = ways
         print(
             f"{case}: {ways['off']['tokens_per_s']:,.0f} -> {ways['on']['tokens_per_s']:,.0f} tok/s "
             f"({ways['faster']:.2f}x), {ways['off']['peak_gib']:.2f} -> {ways['on']['peak_gib']:.2f} GiB allocated, "
             f"{ways['off']['reserved_gib']:.2f} -> {ways['on']['reserved_gib']:.2f} reserved, "
-            f"losses {'equal' if ways['same losses'] else 'DIFFERENT'}",
+            f"losses differ by {ways['difference']:.1e}, of two runs without by {ways['noise']:.1e}",
             flush=True,
         )
-        if not ways["same losses"]:
+        if ways["difference"] > 3 * ways["noise"]:
             differ.append(case)
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -66,7 +68,12 @@ def main() -> int:
     return 1 if differ else 0
 
 
-def run(case: str, wish: str, args: argparse.Namespace) -> dict[str, Any]:
+def gap(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the largest relative difference of the losses of the first steps."""
+    return max(abs(a / b - 1) for a, b in zip(one["first losses"], other["first losses"], strict=True))
+
+
+def run(case: str, wish: str, args: argparse.Namespace, seconds: float | None = None) -> dict[str, Any]:
     """Train one case one way."""
     shape, size, *words = case.split(":")
     rows, seq_len = map(int, size.split("x"))
@@ -113,7 +120,7 @@ def run(case: str, wish: str, args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     first = [step() for _ in range(args.steps)]
     first_s = time.perf_counter() - started
-    window = time_steps(step, args.seconds, "cuda")
+    window = time_steps(step, args.seconds if seconds is None else seconds, "cuda")
     result = {
         "tokens_per_s": window.num_steps * GRAD_ACCUM * rows * seq_len / window.seconds,
         "first losses": first,
@@ -122,7 +129,7 @@ def run(case: str, wish: str, args: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": window.peak_gib,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
     }
-    del model, engine, optimizer, parameters
+    del step, model, engine, optimizer, parameters
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -176,7 +176,7 @@ def test_a_forward_pass_that_nobody_followed_is_forgotten():
 
 def test_asking_for_graphs_without_a_gpu_is_an_error():
     layers = CASES["adapters"][0]().model.layers
-    with pytest.raises(UserError, match="`model.cuda_graphs: on` needs an NVIDIA GPU, and the model is on the cpu"):
+    with pytest.raises(UserError, match=r"`model.cuda_graphs: on` needs an NVIDIA GPU, and the model is on the cpu"):
         record_layers(layers, "on", torch.device("cpu"))
     record_layers(layers, "auto", torch.device("cpu"))
     assert all(layer.graphs is None for layer in layers)

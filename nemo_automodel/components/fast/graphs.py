@@ -107,8 +107,10 @@ class _Place:
     version: int = -1
 
     def fill(self, source: torch.Tensor) -> None:
-        if source is not self.source or source._version != self.version:
-            self.tensor.copy_(source)
+        last = self.source
+        if last is None or source.data_ptr() != last.data_ptr() or source._version != self.version:
+            # `data`: an attention that was recorded and not yet gone back through need not know
+            self.tensor.data.copy_(source)
             self.source, self.version = source, source._version
 
 
