@@ -25,7 +25,9 @@ from nemo_automodel.kernels.jit import jit, runs_triton, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, Update, block_r, update_tile
 
 BLOCK_T, BLOCK_N, NUM_WARPS, PIECES = 64, 64, 4, 8
-"""Rows and columns of a tile, warps of a program, pieces of a row."""
+"""Rows and columns of a tile, warps of a program, pieces of a row at least."""
+_NUM_PROGRAMS = 1024
+"""About eight a multiprocessor of an H100: over few rows, these are cut into more pieces."""
 MASKED_NUM_WARPS = 8
 """Making masks takes registers; with four warps the backward pass spills twice as many."""
 
@@ -172,6 +174,7 @@ def _swiglu_lora_forward_kernel(
     A_SALT: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
+    IS_EVEN: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     piece = tl.program_id(1).to(tl.int64)
@@ -179,7 +182,8 @@ def _swiglu_lora_forward_kernel(
     ranks = tl.arange(0, A_BLOCK)
     product = tl.zeros([BLOCK_T, A_BLOCK], dtype=tl.float32)
     for start in range(0, piece_cols, BLOCK_N):
-        cols = piece * piece_cols + start + tl.arange(0, BLOCK_N)
+        first_col = piece * piece_cols + start
+        cols = first_col + tl.arange(0, BLOCK_N)
         mask = inside_T[:, None] & (cols < num_cols)[None, :]
         at = gate_up_ptr + rows[:, None] * in_row + cols[None, :]
         gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -203,8 +207,10 @@ def _swiglu_lora_forward_kernel(
                 BLOCK_R,
             )
             if DROPS_UPDATE:
-                gate_keeps = keeps_tile(seed_ptr, rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
-                up_keeps = keeps_tile(seed_ptr, rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
+                gate_keeps = keeps_tile(seed_ptr, rows, first_col, 2 * num_cols, UPDATE_SALT, THRESHOLD, BLOCK_N, True)
+                up_keeps = keeps_tile(
+                    seed_ptr, rows, first_col + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD, BLOCK_N, IS_EVEN
+                )
                 gate_update = tl.where(gate_keeps, gate_update * SCALE, 0.0)
                 up_update = tl.where(up_keeps, up_update * SCALE, 0.0)
             gate += gate_update
@@ -218,7 +224,7 @@ def _swiglu_lora_forward_kernel(
                 other=0.0,
             )
             if DROPS_A:
-                h_keeps = keeps_tile(seed_ptr, rows, cols, num_cols, A_SALT, THRESHOLD)
+                h_keeps = keeps_tile(seed_ptr, rows, first_col, num_cols, A_SALT, THRESHOLD, BLOCK_N, True)
                 h = tl.where(h_keeps, h, 0.0).to(out_ptr.dtype.element_ty)
             product = tl.dot(h, a, product, input_precision="ieee")
     if A_RANK > 0:
@@ -265,6 +271,7 @@ def _swiglu_lora_backward_kernel(
     A_SALT: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
+    IS_EVEN: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     piece = tl.program_id(1).to(tl.int64)
@@ -275,7 +282,8 @@ def _swiglu_lora_backward_kernel(
     gate_product = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     up_product = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     for start in range(0, piece_cols, BLOCK_N):
-        cols = piece * piece_cols + start + tl.arange(0, BLOCK_N)
+        first_col = piece * piece_cols + start
+        cols = first_col + tl.arange(0, BLOCK_N)
         inside_N = cols < num_cols
         mask = inside_T[:, None] & inside_N[None, :]
         at = gate_up_ptr + rows[:, None] * in_row + cols[None, :]
@@ -288,12 +296,14 @@ def _swiglu_lora_backward_kernel(
                 dlow_ptr, a_ptr, rows, cols, num_rows, num_cols, dlow_row, a_rank, a_col, 0, A_RANK, A_BLOCK
             )
             if DROPS_A:
-                h_keeps = keeps_tile(seed_ptr, rows, cols, num_cols, A_SALT, THRESHOLD)
+                h_keeps = keeps_tile(seed_ptr, rows, first_col, num_cols, A_SALT, THRESHOLD, BLOCK_N, True)
                 dh_update = tl.where(h_keeps, dh_update * SCALE, 0.0)
             dh += dh_update
         if DROPS_UPDATE:
-            gate_keeps = keeps_tile(seed_ptr, rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
-            up_keeps = keeps_tile(seed_ptr, rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
+            gate_keeps = keeps_tile(seed_ptr, rows, first_col, 2 * num_cols, UPDATE_SALT, THRESHOLD, BLOCK_N, True)
+            up_keeps = keeps_tile(
+                seed_ptr, rows, first_col + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD, BLOCK_N, IS_EVEN
+            )
         if HAS_UPDATE:
             gate_update = update_tile(
                 low_ptr, b_ptr, rows, cols, num_rows, num_cols, low_row, b_rank, b_col, GATE_FROM, UP_FROM, BLOCK_R
@@ -341,9 +351,9 @@ def _swiglu_lora_backward_kernel(
 
 def _grid(num_rows: int, num_cols: int) -> tuple[tuple[int, int], int]:
     """Return the grid and the columns of a piece, a whole number of tiles."""
-    tiles = -(-num_cols // BLOCK_N)
-    piece_tiles = -(-tiles // PIECES)
-    return (-(-num_rows // BLOCK_T), -(-tiles // piece_tiles)), piece_tiles * BLOCK_N
+    tiles, blocks = -(-num_cols // BLOCK_N), -(-num_rows // BLOCK_T)
+    piece_tiles = -(-tiles // max(PIECES, _NUM_PROGRAMS // blocks))
+    return (blocks, -(-tiles // piece_tiles)), piece_tiles * BLOCK_N
 
 
 def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str, int]:
@@ -362,7 +372,7 @@ def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str
     }
 
 
-def _drop_constants(update: Dropout | None, a: Dropout | None) -> dict[str, float]:
+def _drop_constants(update: Dropout | None, a: Dropout | None, num_cols: int) -> dict[str, float]:
     """Return what the kernels need to know of the masks over gate and up and over h, and the warps to make them."""
     either = update or a
     return {
@@ -373,6 +383,7 @@ def _drop_constants(update: Dropout | None, a: Dropout | None) -> dict[str, floa
         "num_warps": NUM_WARPS if either is None else MASKED_NUM_WARPS,
         "THRESHOLD": 0 if either is None else either.threshold,
         "SCALE": 1.0 if either is None else either.scale,
+        "IS_EVEN": num_cols % 2 == 0,
     }
 
 
@@ -437,7 +448,7 @@ def swiglu_lora_triton(
         0 if a_RF is None else a_RF.stride(0),
         HAS_UPDATE=update is not None,
         **_rank_constants(() if update is None else update.parts, a_rank),
-        **_drop_constants(dropout, a_dropout),
+        **_drop_constants(dropout, a_dropout, num_cols),
     )
     return None if a_RF is None else _sum_pieces(partial_PTR, a_RF.shape[0], out_TF.dtype)
 
@@ -482,6 +493,6 @@ def swiglu_lora_backward_triton(
         HAS_UPDATE=update is not None,
         MULTIPLIES=b_GR is not None,
         **_rank_constants(parts, 0 if dh_update is None else dh_update.rank),
-        **_drop_constants(dropout, dh_dropout),
+        **_drop_constants(dropout, dh_dropout, num_cols),
     )
     return None if b_GR is None else _sum_pieces(partial_PTR, b_GR.shape[1], dh_TF.dtype)
