@@ -337,19 +337,22 @@ def dropped_swiglu_case(seed: torch.Tensor) -> Case:
         over_h = mask.apply(torch.ones(rows, width, device="cuda").double()) if position == "pre" else 1.0
         over_gate_up = mask.apply(torch.ones(rows, 2 * width, device="cuda").double()) if position == "post" else 1.0
         leaf = gate_up.double().requires_grad_()
-        gate, up = (leaf + low.double() @ b.double().t() * over_gate_up).chunk(2, dim=-1)
+        # an update under a mask is there already
+        gate, up = (leaf + low.double() @ b.double().t() * (position == "pre")).chunk(2, dim=-1)
         h = gate * torch.sigmoid(gate) * up
         grad = torch.autograd.grad(h, leaf, dh.double() + dlow.double() @ a.double() * over_h)[0]
         h = h.detach()
         oracle = (h, grad, h, (h * over_h) @ a.double().t(), (grad * over_gate_up) @ b.double())
-        update = Update(low, b.t(), parts, (mask,) if position == "post" else ())
+        over_b, update = (None, Update(low, b.t(), parts)) if position == "pre" else (mask, None)
         dh_update = Update(dlow, a, ((0, rank),), (mask,) if position == "pre" else ())
         results = []
         for run in ("triton", "reference"):
             out, work, again = _nan(rows, width + 64)[:, :width], gate_up.clone(), dh.clone()
             forward = getattr(swiglu_lora, f"swiglu_lora_{run}")
             low_h = forward(gate_up, out, update, a, rank, mask if position == "pre" else None)
-            product = getattr(swiglu_lora, f"swiglu_lora_backward_{run}")(again, work, update, dh_update, b, parts)
+            product = getattr(swiglu_lora, f"swiglu_lora_backward_{run}")(
+                again, work, update, dh_update, b, parts, over_b
+            )
             results.append((out, work, again, low_h, product))
         names = ("h", "dgate_up", "h again", "h·A", "d·B")
         found |= {f"swiglu {position} {n}": case for n, *case in zip(names, *results, oracle, strict=True)}  # type: ignore[misc]

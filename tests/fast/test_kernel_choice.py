@@ -75,7 +75,7 @@ def test_a_fault_in_a_way_is_seen(measures, monkeypatch):
 
     right = decoder_layer.swiglu_lora_backward
 
-    def wrong(dh, gate_up, update, dh_update, b, parts):
+    def wrong(dh, gate_up, update, dh_update, b, parts, b_dropout=None):
         result = right(dh, gate_up, update, dh_update, b, parts)
         return result if result is None else result * 1.01
 
@@ -88,7 +88,7 @@ def test_a_fault_in_a_way_is_seen(measures, monkeypatch):
     assert errors["off"] < 1e-9
     assert errors["on"] > 1e-6
 
-    def broken(dh, gate_up, update, dh_update, b, parts):
+    def broken(dh, gate_up, update, dh_update, b, parts, b_dropout=None):
         result = right(dh, gate_up, update, dh_update, b, parts)
         gate_up[0, 0] = torch.nan
         return result

@@ -373,7 +373,9 @@ class DecoderCore:
         dh_TF, dh_update = down.dgrad_pending(dy_TM, dlow_down)
         b_GR = gate_up.b_NR if self.choices.swiglu_products else None
         update = gate_up.pending(saved.low_gate_up)
-        dlow_gate_up = swiglu_lora_backward(dh_TF, gate_up_TG, update, dh_update, b_GR, gate_up.rank_parts)
+        dlow_gate_up = swiglu_lora_backward(
+            dh_TF, gate_up_TG, update, dh_update, b_GR, gate_up.rank_parts, gate_up.output_mask
+        )
         # now dh_TF holds the SwiGLU product, gate_up_TG its gradients
         down_grads = down.adapter_grads(dh_TF, dy_TM, saved.low_down, dlow_down)
         del dh_TF, dy_TM

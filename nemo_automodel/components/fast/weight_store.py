@@ -244,6 +244,11 @@ class WeightStore:
         return None
 
     @property
+    def output_mask(self) -> Dropout | None:
+        """What drops the adapters' outputs: as `input_mask`."""
+        return None
+
+    @property
     def rank_parts(self) -> tuple[tuple[int, int], ...]:
         """The ranks of each layer, ``(first, last + 1)``."""
         return tuple((ranks.start, ranks.stop) for _, _, ranks in self._places)
