@@ -334,27 +334,23 @@ def dropped_swiglu_case(seed: torch.Tensor) -> Case:
     b = torch.zeros(2 * width, 64, dtype=torch.bfloat16, device="cuda")
     for index, (first, to) in enumerate(parts):
         b[index * width : (index + 1) * width, first:to] = _random(width, to - first) * 0.3
-    for position in ("pre", "post"):
-        mask = Dropout(seed, 9, 0.1)
-        over_h = mask.apply(torch.ones(rows, width, device="cuda").double()) if position == "pre" else 1.0
-        over_gate_up = mask.apply(torch.ones(rows, 2 * width, device="cuda").double()) if position == "post" else 1.0
-        leaf = gate_up.double().requires_grad_()
-        gate, up = (leaf + low.double() @ b.double().t() * over_gate_up).chunk(2, dim=-1)
-        h = gate * torch.sigmoid(gate) * up
-        grad = torch.autograd.grad(h, leaf, dh.double() + dlow.double() @ a.double() * over_h)[0]
-        h = h.detach()
-        oracle = (h, grad, h, (h * over_h) @ a.double().t(), (grad * over_gate_up) @ b.double())
-        update = Update(low, b.t(), parts, (mask,) if position == "post" else ())
-        dh_update = Update(dlow, a, ((0, rank),), (mask,) if position == "pre" else ())
-        results = []
-        for run in ("triton", "reference"):
-            out, work, again = _nan(rows, width + 64)[:, :width], gate_up.clone(), dh.clone()
-            forward = getattr(swiglu_lora, f"swiglu_lora_{run}")
-            low_h = forward(gate_up, out, update, a, rank, mask if position == "pre" else None)
-            product = getattr(swiglu_lora, f"swiglu_lora_backward_{run}")(again, work, update, dh_update, b, parts)
-            results.append((out, work, again, low_h, product))
-        names = ("h", "dgate_up", "h again", "h·A", "d·B")
-        found |= {f"swiglu {position} {n}": case for n, *case in zip(names, *results, oracle, strict=True)}  # type: ignore[misc]
+    mask = Dropout(seed, 9, 0.1)
+    over_h = mask.apply(torch.ones(rows, width, device="cuda").double())
+    leaf = gate_up.double().requires_grad_()
+    gate, up = (leaf + low.double() @ b.double().t()).chunk(2, dim=-1)
+    h = gate * torch.sigmoid(gate) * up
+    grad = torch.autograd.grad(h, leaf, dh.double() + dlow.double() @ a.double() * over_h)[0]
+    h = h.detach()
+    oracle = (h, grad, h, (h * over_h) @ a.double().t(), grad @ b.double())
+    update, dh_update = Update(low, b.t(), parts), Update(dlow, a, ((0, rank),), (mask,))
+    results = []
+    for run in ("triton", "reference"):
+        out, work, again = _nan(rows, width + 64)[:, :width], gate_up.clone(), dh.clone()
+        low_h = getattr(swiglu_lora, f"swiglu_lora_{run}")(gate_up, out, update, a, rank, mask)
+        product = getattr(swiglu_lora, f"swiglu_lora_backward_{run}")(again, work, update, dh_update, b, parts)
+        results.append((out, work, again, low_h, product))
+    names = ("h", "dgate_up", "h again", "h·A", "d·B")
+    found |= {f"swiglu under a mask {n}": case for n, *case in zip(names, *results, oracle, strict=True)}  # type: ignore[misc]
     return found
 
 

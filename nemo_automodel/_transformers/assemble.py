@@ -67,6 +67,7 @@ class AssemblyPlan:
     asks_attention: bool = False
     """The user named the attention implementation."""
     fast_layers: str = "auto"
+    cuda_graphs: str = "auto"
     embeddings_on_host: bool = False
     force_hf: bool = False
     autocast_dtype: str | None = None
@@ -121,6 +122,7 @@ def _fast_request(plan: AssemblyPlan) -> FastRequest:
         autocast_dtype=plan.autocast_dtype,
         asks_attention=plan.asks_attention,
         kernels=plan.kernels,
+        cuda_graphs=plan.cuda_graphs,
         fp8=plan.fp8,
         fake_quantizes=plan.qat is not None,
     )

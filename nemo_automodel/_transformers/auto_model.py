@@ -72,6 +72,7 @@ class _NeMoAutoModel:
         sdpa_method: Any = None,
         force_hf: bool = False,
         fast_layers: str | bool = "auto",
+        cuda_graphs: str | bool = "auto",
         embeddings_on_host: bool = False,
         autocast_dtype: str | None = None,
         kernels: str | dict[str, Any] | None = None,
@@ -92,13 +93,14 @@ class _NeMoAutoModel:
         name of `shared.memory_policies`, and ``mlp_tile_tokens`` divides the MLP, see docs/performance.md.
         ``compile_config`` compiles the whole model, ``compile_layers`` each decoder layer. ``fast_layers`` is ``auto``,
         ``on`` or ``off``: decoder layers in their fast form, see docs/performance.md; ``force_hf`` turns it off as
-        well. ``fp8_config`` multiplies in 8 bits: the frozen base under an adapter, or all weights.
-        ``embeddings_on_host`` keeps the frozen input embedding in the host's memory. ``kernels`` is ``measure``,
-        ``defaults`` or a mapping, see there; ``kernel_record`` what an earlier run of the same job measured, and
-        ``row_shape`` the rows and positions of the batches to come, if they are all alike. ``autocast_dtype`` says that
-        the caller computes under autocast. The liger and SDPA keys, ``backend``, ``has_packed_sequence`` and
-        ``output_hidden_states`` are accepted and change nothing. ``kwargs``: ``revision``, ``cache_dir``, ``token``,
-        ``local_files_only``, ``subfolder``, ``force_download``, or keys of config.json to override.
+        well. ``cuda_graphs``, ``auto``, ``on`` or ``off``, records these layers. ``fp8_config`` multiplies in 8 bits:
+        the frozen base under an adapter, or all weights. ``embeddings_on_host`` keeps the frozen input embedding in the
+        host's memory. ``kernels`` is ``measure``, ``defaults`` or a mapping, see there; ``kernel_record`` what an
+        earlier run of the same job measured, and ``row_shape`` the rows and positions of the batches to come, if they
+        are all alike. ``autocast_dtype`` says that the caller computes under autocast. The liger and SDPA keys,
+        ``backend``, ``has_packed_sequence`` and ``output_hidden_states`` are accepted and change nothing. ``kwargs``:
+        ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``, ``force_download``, or keys of
+        config.json to override.
 
         Raises:
             UserError: every mistake of the caller, in one line: no such model, incomplete files, unknown keys or
@@ -160,6 +162,7 @@ class _NeMoAutoModel:
             attn_implementation=attention,
             asks_attention=options.attn_implementation is not None,
             fast_layers=str(options.fast_layers),
+            cuda_graphs=str(options.cuda_graphs),
             embeddings_on_host=options.embeddings_on_host,
             force_hf=options.force_hf,
             autocast_dtype=options.autocast_dtype,

@@ -23,18 +23,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nemo_automodel._transformers.causal_attention import MASKLESS_SDPA
 from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel._transformers.fp8_base import Fp8Packer, Fp8Plan
 from nemo_automodel._transformers.fp8_linears import train_linears_in_fp8
 from nemo_automodel._transformers.kernel_choice import KernelRequest, choose_kernels
-from nemo_automodel._transformers.packing_masks import PACKED_ATTENTION, Machine
+from nemo_automodel._transformers.layer_attention import attention_for
+from nemo_automodel._transformers.layer_graphs import record_layers
+from nemo_automodel._transformers.packing_masks import Machine
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import LinearLoRA, lora_layers
-from nemo_automodel.components.fast.attention import Attention, causal_attention, causal_attention_by
+from nemo_automodel.components.fast.attention import causal_attention_by
 from nemo_automodel.components.fast.choices import Choices
 from nemo_automodel.components.fast.decoder_layer import DecoderCore, speed_up
 from nemo_automodel.components.fast.dropout import AdapterDropout
@@ -54,9 +55,6 @@ from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.memory_policies import PLAIN_POLICIES
 
 logger = logging.getLogger(__name__)
-
-_ATTENTIONS = ("sdpa", MASKLESS_SDPA, PACKED_ATTENTION)
-"""Implementations under which no mask means causal attention, and whose function computes from queries and a mask."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,8 @@ class FastRequest:
     """The attention implementation was named by the user, not chosen for him."""
     kernels: KernelRequest = field(default_factory=KernelRequest)
     """How the fast layers are to be computed."""
+    cuda_graphs: str = "auto"
+    """``auto``, ``on`` or ``off``: whether they are recorded."""
     fp8: Fp8Plan | None = None
     """Products in 8 bits; of a frozen base only the fast layers know them: they are then asked for."""
 
@@ -139,6 +139,7 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     if packer is not None:
         packer.finish()
     Watch(model, [store for layer in layers for store in layer.fast_core.stores])  # type: ignore[union-attr]
+    record_layers(layers, request.cuda_graphs, model.device)
     speed_up_norm(model.base_model.norm)  # type: ignore[arg-type]
     if request.peft is None:
         speed_up_embedding(model.get_input_embeddings())
@@ -174,31 +175,6 @@ def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 def kernel_table(model: PreTrainedModel) -> dict[str, Any] | None:
     """Return how the fast layers of a model are computed, as plain values for a file; None if it has none."""
     return vars(model).get("kernel_table")
-
-
-def attention_for(
-    module: nn.Module, mask: torch.Tensor | None, causal: Attention = causal_attention
-) -> Attention | None:
-    """Return what a layer with the attention ``module`` computes under ``mask``, None for Transformers' own way.
-
-    ``causal`` computes where there is no mask.
-
-    Masks are made by Transformers or by `packing_masks` for the implementation that the configuration names, so the
-    function registered under that name reads them.
-    """
-    name: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]
-    projection: Any = module.q_proj
-    if name not in _ATTENTIONS or torch.is_autocast_enabled(projection.weight.device.type):
-        return None
-    if mask is None:
-        return causal
-    function = AttentionInterface()[name]  # type: ignore[no-untyped-call]
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        out_BSHE: torch.Tensor = function(module, q, k, v, mask, dropout=0.0, scaling=scale)[0]
-        return out_BSHE.transpose(1, 2)
-
-    return attend
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers.quantized_load import FourBit
 from nemo_automodel.components._peft.config import PeftConfig
-from nemo_automodel.components.fast.config import KernelWishes, parse_fast_layers, parse_kernels
+from nemo_automodel.components.fast.config import KernelWishes, parse_cuda_graphs, parse_fast_layers, parse_kernels
 from nemo_automodel.components.quantization.config import CompileConfig, FP8Config, QuantizationConfig
 from nemo_automodel.shared.backend import BackendConfig
 from nemo_automodel.shared.dtypes import parse_dtype
@@ -57,6 +57,7 @@ class ModelOptions:
     sdpa_method: Any = None
     force_hf: bool = False
     fast_layers: str | bool = "auto"
+    cuda_graphs: str | bool = "auto"
     embeddings_on_host: bool = False
     autocast_dtype: str | None = None
     kernels: KernelWishes | str | dict[str, Any] | None = None
@@ -98,6 +99,7 @@ class ModelOptions:
         if self.mlp_tile_tokens is not None and self.mlp_tile_tokens < 1:
             raise ConfigError(f"`mlp_tile_tokens: {self.mlp_tile_tokens}` is not a number of tokens. Use 1 or more.")
         self.fast_layers = parse_fast_layers(self.fast_layers, self.force_hf)
+        self.cuda_graphs = parse_cuda_graphs(self.cuda_graphs)
         self.kernels = parse_kernels(self.kernels)
         for key in self.freeze_config or {}:
             if key not in FREEZE_KEYS:

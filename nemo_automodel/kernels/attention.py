@@ -237,6 +237,11 @@ def borders_as_mask(borders: torch.Tensor, longest: int) -> torch.Tensor:
     return borders.expand(1, 1, longest, -1)
 
 
+def borders_of_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return the borders of `borders_as_mask`."""
+    return mask[0, 0, 0]
+
+
 def packed_attention(
     q_BHSE: torch.Tensor,
     k_BKSE: torch.Tensor,
@@ -249,4 +254,4 @@ def packed_attention(
     q_BHSE, k_BKSE = q_BHSE.to(v_BKSE.dtype), k_BKSE.to(v_BKSE.dtype)
     if isinstance(mask, BlockMask):
         return flex_attention(q_BHSE, k_BKSE, v_BKSE, mask, scale).transpose(1, 2).contiguous()
-    return varlen_attention(q_BHSE, k_BKSE, v_BKSE, mask[0, 0, 0], mask.shape[2], scale)
+    return varlen_attention(q_BHSE, k_BKSE, v_BKSE, borders_of_mask(mask), mask.shape[2], scale)

@@ -4,16 +4,17 @@ Whether element (row, column) of a matrix survives is a function of its place, o
 layer's forward pass and of a stream, one for each mask of the layer. So forward pass, backward pass and recomputation
 agree without a byte of memory, in kernels of any tiling and in plain PyTorch.
 
-The function is a counter hash: the place ``row · width + column``, shifted by a key, goes through three rounds of
-xor-shift and multiplication with the constants of Wellons' *triple32*; a second key is added in the second round. Both
-keys come from seed and stream through a two-round hash. The element is dropped when the 32 bits are below
-``p · 2³²``, so p is exact to 2⁻³² and ``1 / (1 − p)`` with it. Two rounds are not enough: at some distances of a power
-of two elements then differ in correlation by up to 2 % (`tests/kernels/test_dropout.py` measures every distance).
+The function is a counter hash: two elements that lie side by side, columns 2j and 2j + 1, share the place
+``row · ⌈width / 2⌉ + j``, which, shifted by a key, goes through three rounds of xor-shift and multiplication with the
+constants of Wellons' *triple32*; a second key is added in the second round. Both keys come from seed and stream through
+a two-round hash. The first element of a pair has the lower 16 of the 32 bits and is dropped when they are below
+``p · 2¹⁶``, the second the upper ones: p is exact to 2⁻¹⁷ and ``1 / (1 − p)`` belongs to what p then is. Two rounds are
+not enough: at some distances of a power of two elements then differ in correlation by up to 2 %
+(`tests/kernels/test_dropout.py` measures every distance).
 
-Price on an H100, by arithmetic: 9 instructions a decision on the units for logic and 3 on those for multiplication.
-132 · 64 lanes at 1.75 GHz make 1.6e12 decisions a second; a product that reads 16-bit numbers at 3 TB/s needs 1.5e12.
-An 8B model at 8192 tokens decides 11.3e9 times in each use of its masks, 7 ms, most of it in the shadow of memory.
-A mask of one bit an element would cost 1.4 GB and save two thirds of that.
+Price on an H100, by arithmetic: 9 instructions a pair on the units for logic and 3 on those for multiplication. An 8B
+model at 8192 tokens decides 11.3e9 times in each use of its masks, 3.5 ms, most of it in the shadow of memory. A mask
+of one bit an element would cost 1.4 GB and save two thirds of that.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """What a 32-bit number must reach for its element to survive."""
-        return round(self.probability * 2**32)
+        """What a 16-bit number must reach for its element to survive."""
+        return min(round(self.probability * 2**16), 2**16 - 1)
 
     @property
     def scale(self) -> float:
         """What survivors are multiplied by."""
-        return 1 / (1 - self.threshold / 2**32)
+        return 1 / (1 - self.threshold / 2**16)
 
     @property
     def salt(self) -> int:
@@ -61,12 +62,14 @@ class Dropout:
         low, high = self.seed & _LOW_32, (self.seed >> 32) & _LOW_32
         first = _mix_reference(_mix_reference(low + self.salt & _LOW_32) ^ high)
         second = _mix_reference(_mix_reference(high + self.salt & _LOW_32) ^ first)
-        rows, cols = (torch.arange(n, device=self.seed.device) for n in (num_rows, num_cols))
-        x = ((rows[:, None] + self.first_row) * num_cols + cols + first) & _LOW_32
+        num_pairs = -(-num_cols // 2)
+        rows, pairs = (torch.arange(n, device=self.seed.device) for n in (num_rows, num_pairs))
+        x = ((rows[:, None] + self.first_row) * num_pairs + pairs + first) & _LOW_32
         x = ((x ^ (x >> 17)) * 0xED5AD4BB + second) & _LOW_32
         x = ((x ^ (x >> 11)) * 0xAC4C1B51) & _LOW_32
         x = ((x ^ (x >> 15)) * 0x31848BAB) & _LOW_32
-        return x >= self.threshold
+        halves = torch.stack([x & 0xFFFF, x >> 16], dim=-1).flatten(1)
+        return halves[:, :num_cols] >= self.threshold
 
     def apply(self, x_TN: torch.Tensor) -> torch.Tensor:
         """Return ``x_TN`` with dropped elements zero and the others scaled."""
@@ -101,14 +104,37 @@ def _mix(x):
 
 
 @jit
-def keeps_tile(seed_ptr, rows, cols, width, SALT: tl.constexpr, THRESHOLD: tl.constexpr):
-    """Return which elements ``[rows, cols]`` of a matrix ``width`` wide survive: `Dropout.keeps`, a tile of it."""
+def keeps_tile(
+    seed_ptr,
+    rows,
+    first_col,
+    width,
+    SALT: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STARTS_EVEN: tl.constexpr,
+):
+    """Return which elements of a matrix ``width`` wide survive, a tile of `Dropout.keeps`.
+
+    The tile holds ``rows`` and ``BLOCK_N`` columns from ``first_col`` on; where that may be odd, pairs are cut in two
+    and every element is decided by itself.
+    """
     seed = tl.load(seed_ptr)
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     first = _mix(_mix(low + SALT) ^ high)
     second = _mix(_mix(high + SALT) ^ first)
-    x = rows.to(tl.uint32)[:, None] * width + cols.to(tl.uint32)[None, :] + first
-    x = (x ^ (x >> 17)) * 0xED5AD4BB + second
+    row_at = (rows * ((width + 1) // 2)).to(tl.uint32) + first
+    if STARTS_EVEN:
+        pairs = (first_col // 2).to(tl.uint32) + tl.arange(0, BLOCK_N // 2).to(tl.uint32)
+        x = _scramble(row_at[:, None] + pairs[None, :], second)
+        return tl.interleave((x & 0xFFFF) >= THRESHOLD, (x >> 16) >= THRESHOLD)
+    cols = first_col.to(tl.uint32) + tl.arange(0, BLOCK_N).to(tl.uint32)
+    x = _scramble(row_at[:, None] + (cols >> 1)[None, :], second)
+    return tl.where((cols & 1)[None, :] == 0, x & 0xFFFF, x >> 16) >= THRESHOLD
+
+
+@jit
+def _scramble(x, key):
+    x = (x ^ (x >> 17)) * 0xED5AD4BB + key
     x = (x ^ (x >> 11)) * 0xAC4C1B51
-    x = (x ^ (x >> 15)) * 0x31848BAB
-    return x >= THRESHOLD
+    return (x ^ (x >> 15)) * 0x31848BAB

@@ -94,14 +94,15 @@ def _dropped_low_kernel(
     ranks = tl.arange(0, BLOCK_R)
     total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     for start in range(0, piece_cols, BLOCK_N):
-        cols = piece * piece_cols + start + tl.arange(0, BLOCK_N)
+        first_col = piece * piece_cols + start
+        cols = first_col + tl.arange(0, BLOCK_N)
         mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
         x = tl.load(x_ptr + rows[:, None] * x_row + cols[None, :], mask=mask, other=0.0)
         factor_at = factor_ptr + cols[:, None] * factor_row + (rank_from + ranks)[None, :] * factor_col
         for i in tl.static_range(len(SHARES)):
             here = (ranks >= SHARES[i][0]) & (ranks < SHARES[i][1])
             factor = tl.load(factor_at, mask=(cols < num_cols)[:, None] & here[None, :], other=0.0)
-            keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, SHARES[i][2], THRESHOLD)
+            keeps = keeps_tile(seed_ptr, mask_row + rows, first_col, num_cols, SHARES[i][2], THRESHOLD, BLOCK_N, True)
             total = tl.dot(tl.where(keeps, x, 0.0).to(x.dtype), factor, total, input_precision="ieee")
     to = partial_ptr + (piece * num_rows + rows)[:, None] * num_ranks + ranks[None, :]
     tl.store(to, total * SCALE, mask=(rows < num_rows)[:, None] & (ranks < num_ranks)[None, :])
@@ -129,7 +130,8 @@ def _dropped_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_col = tl.program_id(0).to(tl.int64) * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
     chunk = tl.program_id(1).to(tl.int64)
     ranks = tl.arange(0, BLOCK_R)
     total = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
@@ -141,7 +143,7 @@ def _dropped_grad_kernel(
         for i in tl.static_range(len(SHARES)):
             here = (ranks >= SHARES[i][0]) & (ranks < SHARES[i][1])
             low = tl.load(low_at, mask=(rows < num_rows)[:, None] & here[None, :], other=0.0)
-            keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, SHARES[i][2], THRESHOLD)
+            keeps = keeps_tile(seed_ptr, mask_row + rows, first_col, num_cols, SHARES[i][2], THRESHOLD, BLOCK_N, True)
             dropped = tl.where(keeps, x, 0.0).to(x.dtype)
             total = tl.dot(tl.trans(dropped), low, total, input_precision="ieee")
     to = partial_ptr + (chunk * num_cols + cols)[:, None] * num_ranks + ranks[None, :]

@@ -150,7 +150,8 @@ def _add_update_kernel(
     BLOCK_N: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_col = tl.program_id(1).to(tl.int64) * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
     mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
     at = y_ptr + rows[:, None] * y_row + cols[None, :]
     y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -172,7 +173,7 @@ def _add_update_kernel(
             BLOCK_R,
         )
         if THRESHOLD > 0:
-            keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, SHARES[i][2], THRESHOLD)
+            keeps = keeps_tile(seed_ptr, mask_row + rows, first_col, num_cols, SHARES[i][2], THRESHOLD, BLOCK_N, True)
             update = tl.where(keeps, update * SCALE, 0.0)
         y += update
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)

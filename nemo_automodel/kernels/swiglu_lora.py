@@ -25,7 +25,9 @@ from nemo_automodel.kernels.jit import jit, runs_triton, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, Update, block_r, update_tile
 
 BLOCK_T, BLOCK_N, NUM_WARPS, PIECES = 64, 64, 4, 8
-"""Rows and columns of a tile, warps of a program, pieces of a row."""
+"""Rows and columns of a tile, warps of a program, pieces of a row at least."""
+_NUM_PROGRAMS = 1024
+"""About eight a multiprocessor of an H100: over few rows, these are cut into more pieces."""
 MASKED_NUM_WARPS = 8
 """Making masks takes registers; with four warps the backward pass spills twice as many."""
 
@@ -63,24 +65,14 @@ def swiglu_lora_backward(
     """Overwrite gate and up with their gradients and ``dh_TF`` with ``h``; return ``d(gate, up)·B`` ``[T, R]``.
 
     ``update`` is the one of `swiglu_lora`, ``dh_update`` is added to dh first. ``b_GR`` holds the blocks of gate and up
-    at the ranks ``parts`` and zero elsewhere; without it the result is None. A mask over the update lies over what B
-    multiplies as well.
+    at the ranks ``parts`` and zero elsewhere; without it the result is None.
     """
     if not runs_triton(gate_up_TG):
         return swiglu_lora_backward_reference(dh_TF, gate_up_TG, update, dh_update, b_GR, parts)
     if b_GR is None or max(to - first for first, to in parts) <= MAX_BLOCK_R:
         return swiglu_lora_backward_triton(dh_TF, gate_up_TG, update, dh_update, b_GR, parts)
     swiglu_lora_backward_triton(dh_TF, gate_up_TG, update, dh_update, None, parts)
-    dropout = _mask_of(update)
-    return torch.mm(gate_up_TG, b_GR) if dropout is None else _product(gate_up_TG, b_GR, parts[-1][1], dropout)
-
-
-def _mask_of(update: Update | None) -> Dropout | None:
-    """Return the mask over an update; SwiGLU's matrices have one at most."""
-    if update is None or not update.dropouts:
-        return None
-    (dropout,) = update.dropouts
-    return dropout
+    return torch.mm(gate_up_TG, b_GR)
 
 
 def _product(x_TN: torch.Tensor, factor_NR: torch.Tensor, rank: int, dropout: Dropout) -> torch.Tensor:
@@ -132,8 +124,7 @@ def swiglu_lora_backward_reference(
     gate_up_TG.copy_(torch.cat([dgate, dup], dim=-1))
     if b_GR is None:
         return None
-    dropout = _mask_of(update)
-    return torch.mm(gate_up_TG if dropout is None else dropout.apply(gate_up_TG), b_GR)
+    return torch.mm(gate_up_TG, b_GR)
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
@@ -167,9 +158,7 @@ def _swiglu_lora_forward_kernel(
     A_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    DROPS_UPDATE: tl.constexpr,
     DROPS_A: tl.constexpr,
-    UPDATE_SALT: tl.constexpr,
     A_SALT: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
@@ -180,7 +169,8 @@ def _swiglu_lora_forward_kernel(
     ranks = tl.arange(0, A_BLOCK)
     product = tl.zeros([BLOCK_T, A_BLOCK], dtype=tl.float32)
     for start in range(0, piece_cols, BLOCK_N):
-        cols = piece * piece_cols + start + tl.arange(0, BLOCK_N)
+        first_col = piece * piece_cols + start
+        cols = first_col + tl.arange(0, BLOCK_N)
         mask = inside_T[:, None] & (cols < num_cols)[None, :]
         at = gate_up_ptr + rows[:, None] * in_row + cols[None, :]
         gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -203,11 +193,6 @@ def _swiglu_lora_forward_kernel(
                 UP_TO,
                 BLOCK_R,
             )
-            if DROPS_UPDATE:
-                gate_keeps = keeps_tile(seed_ptr, mask_row + rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
-                up_keeps = keeps_tile(seed_ptr, mask_row + rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
-                gate_update = tl.where(gate_keeps, gate_update * SCALE, 0.0)
-                up_update = tl.where(up_keeps, up_update * SCALE, 0.0)
             gate += gate_update
             up += up_update
         h = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
@@ -219,7 +204,7 @@ def _swiglu_lora_forward_kernel(
                 other=0.0,
             )
             if DROPS_A:
-                h_keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, A_SALT, THRESHOLD)
+                h_keeps = keeps_tile(seed_ptr, mask_row + rows, first_col, num_cols, A_SALT, THRESHOLD, BLOCK_N, True)
                 h = tl.where(h_keeps, h, 0.0).to(out_ptr.dtype.element_ty)
             product = tl.dot(h, a, product, input_precision="ieee")
     if A_RANK > 0:
@@ -261,9 +246,7 @@ def _swiglu_lora_backward_kernel(
     A_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    DROPS_UPDATE: tl.constexpr,
     DROPS_A: tl.constexpr,
-    UPDATE_SALT: tl.constexpr,
     A_SALT: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
@@ -277,7 +260,8 @@ def _swiglu_lora_backward_kernel(
     gate_product = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     up_product = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     for start in range(0, piece_cols, BLOCK_N):
-        cols = piece * piece_cols + start + tl.arange(0, BLOCK_N)
+        first_col = piece * piece_cols + start
+        cols = first_col + tl.arange(0, BLOCK_N)
         inside_N = cols < num_cols
         mask = inside_T[:, None] & inside_N[None, :]
         at = gate_up_ptr + rows[:, None] * in_row + cols[None, :]
@@ -290,12 +274,9 @@ def _swiglu_lora_backward_kernel(
                 dlow_ptr, a_ptr, rows, cols, num_rows, num_cols, dlow_row, a_rank, a_col, 0, A_RANK, A_BLOCK
             )
             if DROPS_A:
-                h_keeps = keeps_tile(seed_ptr, mask_row + rows, cols, num_cols, A_SALT, THRESHOLD)
+                h_keeps = keeps_tile(seed_ptr, mask_row + rows, first_col, num_cols, A_SALT, THRESHOLD, BLOCK_N, True)
                 dh_update = tl.where(h_keeps, dh_update * SCALE, 0.0)
             dh += dh_update
-        if DROPS_UPDATE:
-            gate_keeps = keeps_tile(seed_ptr, mask_row + rows, cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
-            up_keeps = keeps_tile(seed_ptr, mask_row + rows, cols + num_cols, 2 * num_cols, UPDATE_SALT, THRESHOLD)
         if HAS_UPDATE:
             gate_update = update_tile(
                 low_ptr, b_ptr, rows, cols, num_rows, num_cols, low_row, b_rank, b_col, GATE_FROM, UP_FROM, BLOCK_R
@@ -303,9 +284,6 @@ def _swiglu_lora_backward_kernel(
             up_update = update_tile(
                 low_ptr, up_b_ptr, rows, cols, num_rows, num_cols, low_row, b_rank, b_col, UP_FROM, UP_TO, BLOCK_R
             )
-            if DROPS_UPDATE:
-                gate_update = tl.where(gate_keeps, gate_update * SCALE, 0.0)
-                up_update = tl.where(up_keeps, up_update * SCALE, 0.0)
             gate += gate_update
             up += up_update
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
@@ -327,15 +305,9 @@ def _swiglu_lora_backward_kernel(
                 mask=inside_N[:, None] & (ranks < UP_TO - UP_FROM)[None, :],
                 other=0.0,
             )
-            if DROPS_UPDATE:
-                dgate = tl.where(gate_keeps, dgate, 0.0).to(dtype)
-                dup = tl.where(up_keeps, dup, 0.0).to(dtype)
             gate_product = tl.dot(dgate, b_gate, gate_product, input_precision="ieee")
             up_product = tl.dot(dup, b_up, up_product, input_precision="ieee")
     if MULTIPLIES:
-        if DROPS_UPDATE:
-            gate_product = gate_product * SCALE
-            up_product = up_product * SCALE
         to = partial_ptr + (piece * num_rows + rows)[:, None] * UP_TO + ranks[None, :]
         tl.store(to + GATE_FROM, gate_product, mask=inside_T[:, None] & (ranks < UP_FROM - GATE_FROM)[None, :])
         tl.store(to + UP_FROM, up_product, mask=inside_T[:, None] & (ranks < UP_TO - UP_FROM)[None, :])
@@ -343,9 +315,9 @@ def _swiglu_lora_backward_kernel(
 
 def _grid(num_rows: int, num_cols: int) -> tuple[tuple[int, int], int]:
     """Return the grid and the columns of a piece, a whole number of tiles."""
-    tiles = -(-num_cols // BLOCK_N)
-    piece_tiles = -(-tiles // PIECES)
-    return (-(-num_rows // BLOCK_T), -(-tiles // piece_tiles)), piece_tiles * BLOCK_N
+    tiles, blocks = -(-num_cols // BLOCK_N), -(-num_rows // BLOCK_T)
+    piece_tiles = -(-tiles // max(PIECES, _NUM_PROGRAMS // blocks))
+    return (blocks, -(-tiles // piece_tiles)), piece_tiles * BLOCK_N
 
 
 def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str, int]:
@@ -364,17 +336,13 @@ def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str
     }
 
 
-def _drop_constants(update: Dropout | None, a: Dropout | None) -> dict[str, float]:
-    """Return what the kernels need to know of the masks over gate and up and over h, and the warps to make them."""
-    either = update or a
+def _drop_constants(a: Dropout | None) -> dict[str, float]:
+    """Return what the kernels need to know of the mask over h."""
     return {
-        "DROPS_UPDATE": update is not None,
         "DROPS_A": a is not None,
-        "UPDATE_SALT": 0 if update is None else update.salt,
         "A_SALT": 0 if a is None else a.salt,
-        "num_warps": NUM_WARPS if either is None else MASKED_NUM_WARPS,
-        "THRESHOLD": 0 if either is None else either.threshold,
-        "SCALE": 1.0 if either is None else either.scale,
+        "THRESHOLD": 0 if a is None else a.threshold,
+        "SCALE": 1.0 if a is None else a.scale,
     }
 
 
@@ -419,8 +387,6 @@ def swiglu_lora_triton(
     (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols)
     low_TR, factor_RN = (gate_up_TG, gate_up_TG) if update is None else (update.low_TR, update.factor_RN)
     partial_PTR = gate_up_TG.new_empty((num_pieces, num_rows, a_rank), dtype=torch.float32)
-    dropout = _mask_of(update)
-    either = dropout or a_dropout
     _swiglu_lora_forward_kernel[(grid_rows, num_pieces)](
         gate_up_TG,
         out_TF,
@@ -428,8 +394,8 @@ def swiglu_lora_triton(
         factor_RN,
         gate_up_TG if a_RF is None else a_RF,
         partial_PTR,
-        gate_up_TG if either is None else either.seed,
-        0 if either is None else either.first_row,
+        gate_up_TG if a_dropout is None else a_dropout.seed,
+        0 if a_dropout is None else a_dropout.first_row,
         num_rows,
         num_cols,
         piece_cols,
@@ -440,7 +406,8 @@ def swiglu_lora_triton(
         0 if a_RF is None else a_RF.stride(0),
         HAS_UPDATE=update is not None,
         **_rank_constants(() if update is None else update.parts, a_rank),
-        **_drop_constants(dropout, a_dropout),
+        **_drop_constants(a_dropout),
+        num_warps=NUM_WARPS if a_dropout is None else MASKED_NUM_WARPS,
     )
     return None if a_RF is None else _sum_pieces(partial_PTR, a_RF.shape[0], out_TF.dtype)
 
@@ -462,8 +429,7 @@ def swiglu_lora_backward_triton(
     b_RG = factor_RN if b_GR is None else b_GR.t()
     dlow_TR, a_RF = (dh_TF, dh_TF) if dh_update is None else (dh_update.low_TR, dh_update.factor_RN)
     partial_PTR = gate_up_TG.new_empty((num_pieces, num_rows, rank), dtype=torch.float32)
-    dropout, dh_dropout = _mask_of(update), _mask_of(dh_update)
-    either = dropout or dh_dropout
+    (dh_dropout,) = dh_update.dropouts if dh_update is not None and dh_update.dropouts else (None,)
     _swiglu_lora_backward_kernel[(grid_rows, num_pieces)](
         dh_TF,
         gate_up_TG,
@@ -472,8 +438,8 @@ def swiglu_lora_backward_triton(
         b_RG,
         a_RF,
         partial_PTR,
-        gate_up_TG if either is None else either.seed,
-        0 if either is None else either.first_row,
+        gate_up_TG if dh_dropout is None else dh_dropout.seed,
+        0 if dh_dropout is None else dh_dropout.first_row,
         num_rows,
         num_cols,
         piece_cols,
@@ -486,6 +452,7 @@ def swiglu_lora_backward_triton(
         HAS_UPDATE=update is not None,
         MULTIPLIES=b_GR is not None,
         **_rank_constants(parts, 0 if dh_update is None else dh_update.rank),
-        **_drop_constants(dropout, dh_dropout),
+        **_drop_constants(dh_dropout),
+        num_warps=NUM_WARPS if dh_dropout is None else MASKED_NUM_WARPS,
     )
     return None if b_GR is None else _sum_pieces(partial_PTR, b_GR.shape[1], dh_TF.dtype)

@@ -31,7 +31,7 @@ def add_product_grad(weights: Sequence[torch.Tensor], dy_TN: torch.Tensor, x_TK:
 
     Rows of both may lie in wider buffers. No other gradient may be on its way to these weights.
     """
-    grad_NK, is_new = _packed_grad(weights)
+    grad_NK, is_new = packed_grad(weights)
     if is_new:
         torch.mm(dy_TN.t(), x_TK, out=grad_NK)
     else:
@@ -40,7 +40,7 @@ def add_product_grad(weights: Sequence[torch.Tensor], dy_TN: torch.Tensor, x_TK:
 
 def add_grad(weights: Sequence[torch.Tensor], grad_N: torch.Tensor) -> None:
     """Add a gradient, of any float dtype, to those of ``weights``, whose gradients lie one behind the other in it."""
-    packed_N, is_new = _packed_grad(weights)
+    packed_N, is_new = packed_grad(weights)
     if is_new:
         packed_N.copy_(grad_N)
     else:
@@ -54,8 +54,8 @@ def tell_complete(weights: Sequence[torch.Tensor]) -> None:
             hook(weight)
 
 
-def _packed_grad(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, bool]:
-    """Return the gradients of ``weights`` as one tensor, and whether there were none: then it is not initialised."""
+def packed_grad(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """Return the gradients of ``weights`` as rows of one tensor, and whether there were none: then it is not filled."""
     grads = [weight.grad for weight in weights]
     present = [grad for grad in grads if grad is not None]
     first = weights[0]

@@ -17,7 +17,7 @@ from nemo_automodel.components.config.schema import (
 )
 from nemo_automodel.components.datasets.config import DataCheckConfig, DataloaderConfig, PackedSequenceConfig
 from nemo_automodel.components.distributed.config import DistributedConfig
-from nemo_automodel.components.fast.config import parse_fast_layers, parse_kernels
+from nemo_automodel.components.fast.config import parse_cuda_graphs, parse_fast_layers, parse_kernels
 from nemo_automodel.components.training.config import StepSchedulerConfig
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
 from nemo_automodel.shared.imports import is_available, require
@@ -127,6 +127,7 @@ _COMMON_MODEL_KEYS = (
     "attn_implementation",
     "backend",
     "cache_dir",
+    "cuda_graphs",
     "embeddings_on_host",
     "fast_layers",
     "has_packed_sequence",
@@ -313,6 +314,8 @@ def check_model(node: ConfigNode, notices: list[str]) -> ConfigNode:
         raise ConfigError(f"`model.embeddings_on_host: {node['embeddings_on_host']}` is not known. Use true or false.")
     if "fast_layers" in node:
         parse_fast_layers(node["fast_layers"], node.get("force_hf") is True)
+    if "cuda_graphs" in node:
+        parse_cuda_graphs(node["cuda_graphs"])
     if "kernels" in node:
         kernels = node["kernels"]
         parse_kernels(kernels.to_dict() if isinstance(kernels, ConfigNode) else kernels)

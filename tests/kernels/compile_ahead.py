@@ -34,11 +34,10 @@ _SWIGLU_LORA |= {"A_BLOCK": 64, "BLOCK_T": swiglu_lora.BLOCK_T, "BLOCK_N": swigl
 _NF4_TYPES = {"codes_ptr": "*u8", "absmax_ptr": "*u8", "num_numbers": "i64"}
 _NF4_TYPES |= {f"{name}_ptr": "*fp32" for name in ("nested", "map", "offset", "values", "scale")}
 _NF4 = {"IS_NESTED": True, "LARGEST": 448.0, "SIZE": 64}
-_NO_DROPS = {"DROPS_UPDATE": False, "DROPS_A": False, "UPDATE_SALT": 0, "A_SALT": 0, "THRESHOLD": 0, "SCALE": 1.0}
-_DROPS = {"DROPS_UPDATE": True, "DROPS_A": True, "UPDATE_SALT": 0xDAA66D2B, "A_SALT": 5, "THRESHOLD": 0xE6666666}
-_DROPS |= {"SCALE": 10.0}
+_NO_DROPS = {"DROPS_A": False, "A_SALT": 0, "THRESHOLD": 0, "SCALE": 1.0}
+_DROPS = {"DROPS_A": True, "A_SALT": 5, "THRESHOLD": 0xE666, "SCALE": 10.0}
 _ADD = {"HAS_RESIDUAL": True, "BLOCK_R": 64, "BLOCK_T": lora._BLOCK_T, "BLOCK_N": lora._BLOCK_N}
-_PRODUCT = {"SHARES": ((0, 16, 7), (16, 32, 0xDAA66D2B), (32, 48, 9)), "THRESHOLD": 429496730, "SCALE": 1.1111}
+_PRODUCT = {"SHARES": ((0, 16, 7), (16, 32, 0xDAA66D2B), (32, 48, 9)), "THRESHOLD": 6554, "SCALE": 1.1111}
 _PRODUCT |= {"BLOCK_R": 64, "BLOCK_T": dropped_products.BLOCK_T, "BLOCK_N": dropped_products.BLOCK_N}
 # kernel, pointers to the model's dtype and to others, floats, int64 values, constants: the largest that 8B models need
 CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,12 +45,23 @@ def causal_attention_by(name: str, only: bool = False) -> Attention:
 
     ``name`` is ``cudnn``, ``flash``, ``efficient`` or ``math``.
     """
-    backends = [_BACKENDS[name], *(() if only else (b for n, b in _BACKENDS.items() if n != name))]
+    return CausalAttention((_BACKENDS[name], *(() if only else (b for n, b in _BACKENDS.items() if n != name))))
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        return _sdpa(q, k, v, scale, None, backends)
 
-    return attend
+@dataclass(frozen=True)
+class CausalAttention:
+    """`causal_attention` by given backends, the first that can. What it reads beside its arguments: nothing."""
+
+    key: tuple[SDPBackend, ...]
+    tensors: tuple[torch.Tensor, ...] = ()
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return ``[B, H, S, E]``."""
+        return _sdpa(q, k, v, scale, None, self.key)
+
+    def over(self, tensors: tuple[torch.Tensor, ...]) -> CausalAttention:
+        """Return this: it reads no tensors of its own; see `graphs.GraphAttention`."""
+        return self
 
 
 def masked_attention(mask: torch.Tensor) -> Attention:

@@ -1,4 +1,4 @@
-"""The keys ``model.fast_layers`` and ``model.kernels``. Free of torch."""
+"""The keys ``model.fast_layers``, ``model.cuda_graphs`` and ``model.kernels``. Free of torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_automodel.shared.errors import ConfigError, did_you_mean
 
-FAST_LAYERS = ("auto", "on", "off")
+FAST_LAYERS = CUDA_GRAPHS = ("auto", "on", "off")
 KERNEL_MODES = ("measure", "defaults")
 KERNELS = {
     "swiglu_products": ("on", "off"),
@@ -42,6 +42,20 @@ def parse_fast_layers(value: Any, force_hf: bool = False) -> str:
     if wish == "on" and force_hf:
         raise ConfigError(
             "`model.fast_layers: on` and `model.force_hf: true` exclude each other. Leave one of them out."
+        )
+    return wish
+
+
+def parse_cuda_graphs(value: Any) -> str:
+    """Return ``auto``, ``on`` or ``off``; YAML reads the last two as booleans.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    wish = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    if wish not in CUDA_GRAPHS:
+        raise ConfigError(
+            f"`model.cuda_graphs: {value}` is not known.{did_you_mean(wish, CUDA_GRAPHS)} Use {', '.join(CUDA_GRAPHS)}."
         )
     return wish
 

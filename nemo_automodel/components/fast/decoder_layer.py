@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -48,6 +48,14 @@ from nemo_automodel.kernels.rope import QKVLayout, rotate_qkv, rotate_qkv_backwa
 
 MakeStore = Callable[[Sequence[Slot]], WeightStore]
 """(the linear layers of a packed matrix) → what keeps it; the class of a store is one."""
+
+
+class Replay(Protocol):
+    """A layer's recorded passes, see `graphs`."""
+
+    def forward(self, x_TD: torch.Tensor, core: DecoderCore, call: _Call, drops: bool) -> torch.Tensor | None:
+        """Return the layer's output ``[T, D]`` with its way back, None where nothing is recorded."""
+
 
 _FAST_CLASSES: dict[type[nn.Module], type[FastDecoderLayer]] = {}
 
@@ -130,12 +138,38 @@ class DecoderCore(MlpPart):
             for group, scales in self._row_scales.items():
                 setattr(rescaled, group, Rescaled(scales.store, scales))
             return rescaled
-        if not drops or self.dropout is None or not any(store.has_adapters for store in self.stores):
-            return self
-        seed, masked = self.dropout.draw_seed(device), copy.copy(self)
+        return self.under_seed(self.draw_seed(device)) if self.drops(drops) else self
+
+    def drops(self, is_training: bool) -> bool:
+        """Tell whether a pass is under masks."""
+        return is_training and self.dropout is not None and any(store.has_adapters for store in self.stores)
+
+    def draw_seed(self, device: torch.device) -> torch.Tensor:
+        """Draw the seed of the masks of one pass."""
+        assert self.dropout is not None
+        return self.dropout.draw_seed(device)
+
+    def under_seed(self, seed: torch.Tensor) -> DecoderCore:
+        """Return this computation under the masks of a seed."""
+        assert self.dropout is not None
+        masked = copy.copy(self)
         for number, (group, store) in enumerate(zip(GROUPS, self.stores, strict=True)):
             setattr(masked, group, self.dropout.over(store, seed, number))
         return masked
+
+    @property
+    def has_row_scales(self) -> bool:
+        """Whether every pass computes DoRA's scales first."""
+        return bool(self._row_scales)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return numbers that change when weights move in memory."""
+        norms = (self._norm1, self._norm2, *(self._head_norms or ()))
+        return (*(store.num_packings for store in self.stores), *(norm.weight.data_ptr() for norm in norms))
+
+    def trained_together(self) -> list[list[torch.Tensor]]:
+        """Return the parameters whose gradients must be rows of one matrix, matrix by matrix."""
+        return []
 
     def _layout(self) -> QKVLayout:
         spec = self.spec
@@ -148,8 +182,16 @@ class DecoderCore(MlpPart):
 
     def forward(self, x_TD: torch.Tensor, call: _Call, keeps: bool) -> tuple[torch.Tensor, _Saved | None]:
         """Return the layer's output ``[T, D]`` and, if asked, what `backward` needs."""
+        self.prepare()
+        return self.run(x_TD, call, keeps)
+
+    def prepare(self) -> None:
+        """Have the stores look for changes of adapters and weights."""
         for store in self.stores:
             store.prepare()
+
+    def run(self, x_TD: torch.Tensor, call: _Call, keeps: bool) -> tuple[torch.Tensor, _Saved | None]:
+        """Do what `forward` does with stores that are prepared."""
         x_mid_TD, saved = self._attention_part(x_TD, call, keeps)
         y_TD, mlp = self._mlp(x_mid_TD, x_TD, keeps)
         if saved is not None:
@@ -299,6 +341,7 @@ class FastDecoderLayer(nn.Module):
 
     fast_core: DecoderCore
     choose_attention: ChooseAttention
+    graphs: Replay | None
     self_attn: nn.Module
 
     def forward(
@@ -329,6 +372,10 @@ class FastDecoderLayer(nn.Module):
         num_rows, seq_len, _ = hidden_states.shape
         call = _Call(num_rows, seq_len, *position_embeddings, attention)
         x_TD = hidden_states.reshape(num_rows * seq_len, -1)
+        if self.graphs is not None and torch.is_grad_enabled():
+            replayed = self.graphs.forward(x_TD, self.fast_core, call, self.training)
+            if replayed is not None:
+                return replayed.view(hidden_states.shape)
         core = self.fast_core.for_pass(x_TD.device, drops=self.training)
         weights = core.parameters()
         if torch.is_grad_enabled() and (x_TD.requires_grad or weights):
@@ -364,6 +411,7 @@ def speed_up(
     """
     layer.fast_core = core(layer, adapters, memory, store, choices, dropout)  # type: ignore[assignment]
     layer.choose_attention = choose_attention  # type: ignore[assignment]
+    layer.graphs = None  # type: ignore[assignment]
     base = type(layer)
     if base not in _FAST_CLASSES:
         _FAST_CLASSES[base] = type(f"Fast{base.__name__}", (FastDecoderLayer, base), {})

@@ -4,11 +4,11 @@
 with probability p and 1/(1 − p) otherwise.
 
 A mask cannot pass through a product with its matrix. So ``post`` takes the update out of the outputs' product and
-``pre`` out of the input gradient's; the kernel that reads them next adds it under the mask, where there is one
-(SwiGLU), and else a pass of its own does. Everything else stays folded. `Dropped` puts this around any store: it asks
-the store for the base alone, and the masks are made again from the seed whenever they are needed
-(`kernels/dropout.py`). Nothing is kept but the seed, which is drawn from the device's generator, so it follows the
-run's seed and a saved state of its random numbers, without waiting for the device.
+``pre`` out of the input gradient's. A pass of its own adds it under the mask, and SwiGLU's backward pass, which reads
+that gradient anyway. Everything else stays folded. `Dropped` puts this around any store: it asks the store for the base
+alone, and the masks are made again from the seed whenever they are needed (`kernels/dropout.py`). Nothing is kept but
+the seed, which is drawn from the device's generator, so it follows the run's seed and a saved state of its random
+numbers, without waiting for the device.
 
 Shapes: as in `weight_store`.
 """
@@ -102,29 +102,33 @@ class Dropped:
             da_RK, db_NR = dropped_grad(x_TK, dlow_TR, parts, self.masks).t(), torch.mm(dy_TN.t(), low_TR)
         return self.store.split_grads(da_RK, db_NR)
 
+    @property
+    def output_mask(self) -> Dropout | None:
+        """The mask over the adapters' outputs."""
+        return self.masks[0] if self.is_post else None
+
     def pending(self, low_TR: torch.Tensor | None) -> Update | None:
-        """Return what `forward_pending` leaves to be added."""
-        store, b_NR = self.store, self.store.b_NR
-        if not self.is_post or low_TR is None or b_NR is None:
-            return store.pending(low_TR)
-        return Update(low_TR, b_NR.t(), store.rank_parts, self.masks)
+        """Return what `forward_pending` leaves to be added: under a mask nothing."""
+        return None if self.is_post else self.store.pending(low_TR)
 
     def base_outputs(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
-        """Return what `forward_pending` does, the bias added."""
+        """Return the base's outputs, the bias added; `add_masked` adds the adapters'."""
         return self.store.base_outputs(x_TM, None if self.is_post else low_TR)
 
     def forward_pending(
         self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None
     ) -> torch.Tensor:
         """Return the outputs without `pending`."""
-        return self.store.forward_pending(x_TM, None if self.is_post else low_TR, rounded)
+        if not self.is_post:
+            return self.store.forward_pending(x_TM, low_TR, rounded)
+        return self.forward(x_TM, low_TR, rounded)
 
     def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None) -> torch.Tensor:
         """Return the outputs; see `WeightStore.forward`."""
         if not self.is_post or low_TR is None:
             return self.store.forward(x_TM, low_TR, rounded)
         y_TM = self.store.forward(x_TM, None, rounded)
-        self._add(y_TM[:, : self.store.num_out], low_TR)
+        self.add_masked(y_TM[:, : self.store.num_out], low_TR)
         return y_TM
 
     def forward_added(self, residual_TN: torch.Tensor, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
@@ -132,13 +136,16 @@ class Dropped:
         if not self.is_post or low_TR is None:
             return self.store.forward_added(residual_TN, x_TM, low_TR)
         if self.store.margin == 0:  # one pass adds both; in a product's accumulator the residual costs none
-            return self._add(self.store.forward_pending(x_TM, None), low_TR, residual_TN)
-        return self._add(self.store.forward_added(residual_TN, x_TM, None), low_TR)
+            return self.add_masked(self.store.forward_pending(x_TM, None), low_TR, residual_TN)
+        return self.add_masked(self.store.forward_added(residual_TN, x_TM, None), low_TR)
 
-    def _add(self, y_TN: torch.Tensor, low_TR: torch.Tensor, residual_TN: torch.Tensor | None = None) -> torch.Tensor:
-        update = self.pending(low_TR)
-        assert update is not None
-        return add_update_(y_TN, update, residual_TN)
+    def add_masked(
+        self, y_TN: torch.Tensor, low_TR: torch.Tensor, residual_TN: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Add the adapters' outputs under their mask, and the residual, in place."""
+        b_NR = self.store.b_NR
+        assert b_NR is not None
+        return add_update_(y_TN, Update(low_TR, b_NR.t(), self.store.rank_parts, self.masks), residual_TN)
 
     def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
         """Return the gradient of the inputs and what is still to be added to it."""

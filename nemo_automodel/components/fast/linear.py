@@ -26,7 +26,7 @@ from nemo_automodel.components.fast.dropout import AdapterDropout, Dropped
 from nemo_automodel.components.fast.names import Adapter, Slot
 from nemo_automodel.components.fast.weight_store import WeightStore
 from nemo_automodel.kernels.fp8 import Rounded
-from nemo_automodel.kernels.lora import Update, add_update_
+from nemo_automodel.kernels.lora import Update
 
 _FUSED_CLASSES: dict[type[nn.Module], type[FusedLinear]] = {}
 
@@ -107,10 +107,10 @@ class LinearCore:
         store = self._masked
         low_TR = store.low(x_TK)
         y_TN = store.base_outputs(x_TK, low_TR)
+        if isinstance(store, Dropped) and store.is_post and low_TR is not None:
+            return store.add_masked(y_TN.clone() if self.keeps_products else y_TN, low_TR), low_TR
         update = store.pending(low_TR)
         if update is not None:
-            if update.dropouts:
-                return add_update_(y_TN.clone() if self.keeps_products else y_TN, update), low_TR
             out_TN = torch.empty_like(y_TN) if self.keeps_products else y_TN
             y_TN = torch.addmm(y_TN, update.low_TR, update.factor_RN, out=out_TN)
         return y_TN, low_TR

@@ -171,7 +171,8 @@ class MlpPart:
             dy_TM[:, : down.num_out] = dy_TD
         dlow_down = down.low_grad(dy_TM)
         dh_TF, dh_update = down.dgrad_pending(dy_TM, dlow_down)
-        b_GR = gate_up.b_NR if self.choices.swiglu_products else None
+        # what B multiplies under a mask is a product of its own: three masks in one kernel do not fit its registers
+        b_GR = gate_up.b_NR if self.choices.swiglu_products and gate_up.output_mask is None else None
         update = gate_up.pending(tile.low_gate_up)
         gate_up_TG = gate_up_TM[:, : gate_up.num_out]
         dlow_gate_up = swiglu_lora_backward(dh_TF, gate_up_TG, update, dh_update, b_GR, gate_up.rank_parts)

@@ -45,6 +45,11 @@ class TrainedStore(DenseStore):
         """Whether any weight learns."""
         return any(slot.linear.weight.requires_grad for slot in self.slots)
 
+    def trained_together(self) -> list[list[torch.Tensor]]:
+        """Return the weights of which all learn, whose gradients are one matrix, in one list, if they do."""
+        weights = [slot.linear.weight for slot in self.slots]
+        return [weights] if all(weight.requires_grad for weight in weights) else []
+
     def add_grads(self, x_TK: torch.Tensor | None, dy_TN: torch.Tensor) -> None:
         """Add to the gradients of what learns: weights, for which the inputs must be given, and biases."""
         weights = [slot.linear.weight for slot in self.slots]
@@ -91,6 +96,10 @@ class TrainedCore(DecoderCore):
         stored = [tensor for store in (self.qkv, self.o, self.gate_up, self.down) for tensor in store.trained()]
         norms = (self._norm1, self._norm2, *(self._head_norms or ()))
         return [*stored, *(norm.weight for norm in norms if norm.weight.requires_grad)]
+
+    def trained_together(self) -> list[list[torch.Tensor]]:
+        """Return the weights of each store whose weights all learn."""
+        return [group for store in (self.qkv, self.o, self.gate_up, self.down) for group in store.trained_together()]
 
     def backward(
         self, dy_TD: torch.Tensor, x_TD: torch.Tensor, call: _Call, saved: _Saved, wants_dx: bool

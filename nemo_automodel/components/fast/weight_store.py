@@ -67,6 +67,8 @@ class WeightStore:
     """How much wider than their contents buffers are."""
     is_fresh = False
     """Somebody has looked at the adapters just now and will look again before they change, see `watch`."""
+    num_packings = 0
+    """How often the weights were moved here: places in memory hold as long as it stays."""
     _a_RK: torch.Tensor
     _b_NR: torch.Tensor
 
@@ -103,6 +105,7 @@ class WeightStore:
             for slot, rows, _ in self._places:
                 slot.linear.bias.data = self.bias_N[rows]
         self._pack()
+        self.num_packings += 1
         self._addresses = self._base_addresses()
         self._adapters_seen: list[int] = []
         self._weights: list[torch.Tensor] = []
@@ -243,6 +246,11 @@ class WeightStore:
     def from_row(self, first_row: int) -> WeightStore:
         """Return what computes the rows of inputs from ``first_row`` on: the same, unless there are masks."""
         return self
+
+    @property
+    def output_mask(self) -> Dropout | None:
+        """What drops the adapters' outputs: as `input_mask`."""
+        return None
 
     @property
     def rank_parts(self) -> tuple[tuple[int, int], ...]:
