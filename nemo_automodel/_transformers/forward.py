@@ -70,6 +70,10 @@ class LabelledForward:
         """Whether the head and a plain loss are one step; ``None``: to be found out."""
         self._is_plain_causal = is_plain_causal(model)
 
+    def forget_sizes(self) -> None:
+        """Fill up no batch to the size of an earlier one: that may have been too large for the device."""
+        self._filled = BatchFiller()
+
     def loss(self, batch: Batch, loss_fn: LossFn, num_label_tokens: int | torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss of one micro-batch as a scalar on the model's device.
 

@@ -15,18 +15,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from nemo_automodel.components.plan.machines import GIB, MACHINES, machine
+from nemo_automodel.components.plan.memory import TERM_NAMES
 
 if TYPE_CHECKING:
     from nemo_automodel.recipes.plan import Plan
-
-_TERMS = {
-    "weights": "frozen weights",
-    "embeddings": "embedding and output head",
-    "trainable": "what learns, and gradients",
-    "optimizer": "optimizer state",
-    "activations": "activations",
-    "working": "layer at work, loss",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +78,7 @@ def lines(plan: Plan) -> list[str]:
         f"micro-batches of {load.rows} × {load.seq_len:,} tokens, {load.grad_accum} a step",
         "",
     ]
-    terms = {**_TERMS, "weights": "weights of the layers"} if load.is_full else _TERMS
+    terms = {**TERM_NAMES, "weights": "weights of the layers"} if load.is_full else TERM_NAMES
     for name, value in found["memory_gib"].items():
         out.append(f"  {terms[name]:<28} {value:8.2f} GiB")
     verdict = "fits" if plan.fits else "does NOT fit"

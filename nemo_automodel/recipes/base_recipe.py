@@ -62,14 +62,16 @@ from nemo_automodel.components.training.rng import ScopedRNG, StatefulRNG
 from nemo_automodel.components.training.step_scheduler import Step, StepScheduler, TrainLoader
 from nemo_automodel.recipes.banner import log_experiment, log_model
 from nemo_automodel.recipes.data_check import DataCheck
-from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens, count_tokens
+from nemo_automodel.recipes.engine import count_label_tokens, count_tokens
 from nemo_automodel.recipes.kernel_record import read_kernels, write_kernels
+from nemo_automodel.recipes.memory_choice import choose_policy
+from nemo_automodel.recipes.memory_record import MemoryRecord
+from nemo_automodel.recipes.memory_rescue import build_engine
 from nemo_automodel.recipes.packing_proof import prove_packing
 from nemo_automodel.recipes.resume_check import ResumeCheck
 from nemo_automodel.recipes.settings import effective_yaml, load_settings
 from nemo_automodel.recipes.sick_runs import SickRuns
 from nemo_automodel.recipes.utilisation import Utilisation
-from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.types import Batch, Stateful, StepMetrics
 
@@ -102,6 +104,8 @@ class BaseRecipe:
     """The label gate; None where it is off."""
     kernel_record: dict[str, Any] | None = None
     """How the run began to compute its fast layers; None for a fresh run."""
+    memory_record: MemoryRecord | None = None
+    """What the run knows of memory; None where only one step is done again."""
 
     def __init__(self, cfg: ConfigNode) -> None:
         self.cfg = cfg
@@ -144,10 +148,14 @@ class BaseRecipe:
         if self.data_check is not None:
             self.data_check.before_model(self.schedule.grad_accum)
         self._open_loggers()
-        if self.run_directory.resume_from is not None:
+        is_resumed = self.run_directory.resume_from is not None
+        if is_resumed:
             self.kernel_record = read_kernels(self.run_directory.path)
+        self.memory_record = MemoryRecord.open(self.run_directory.path, self.device, is_resumed)
         with ExitStack() as on_failure:
             on_failure.callback(self.loggers.close, succeeded=False)
+            statistics = None if self.data_check is None else self.data_check.statistics
+            self.settings = choose_policy(self.settings, self.device, self.memory_record, statistics)
             with ScopedRNG(self.settings.seed, ranked=True):
                 self.build_model()
             write_kernels(self.run_directory.path, kernel_table(self.model), self.kernel_record)
@@ -243,22 +251,13 @@ class BaseRecipe:
         if self.settings.noise_alpha:
             add_embedding_noise(self.model, self.settings.noise_alpha)
             logger.info("NEFTune: noise on the embeddings, alpha %g.", self.settings.noise_alpha)
-        name = self.settings.distributed.autocast_dtype
-        autocast_dtype = None if name is None else parse_dtype(name, "distributed.autocast_dtype")
-        self.engine = EagerEngine(
-            self.model,
-            self.loss_fn,
-            self.device,
-            autocast_dtype,
-            self.settings.packed_sequence.attention,
-            joins_frozen_head=not self.settings.model.get("force_hf", False),
-        )
+        self.engine = build_engine(self.model, self.settings, self.loss_fn, self.device, self.memory_record)
 
     def _build_optimizer(self) -> None:
         self.optimizer = build_optimizer(self.model, self._optimizer_target, self._optimizer_kwargs, self._overrides)
         self._in_backward: StepInBackward | None = None
         if self._steps_in_backward:
-            self._in_backward = StepInBackward(self.optimizer, tied_weights(self.model))
+            self._in_backward = self.engine.in_backward = StepInBackward(self.optimizer, tied_weights(self.model))
         # walking through a model's modules takes a millisecond, so it is not done in every step
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         config = self.settings.lr_scheduler

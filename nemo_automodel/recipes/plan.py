@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from nemo_automodel._transformers import auto_model, outline
 from nemo_automodel._transformers.fast_layers import check_plain_memory
 from nemo_automodel._transformers.outline import Outline, logits_copies, run_plain, shape_of
+from nemo_automodel._transformers.recompute import known_policies
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
 from nemo_automodel.components.plan import memory, speed
@@ -19,7 +22,7 @@ from nemo_automodel.components.plan.machines import GIB, Machine
 from nemo_automodel.components.plan.optimizers import OptimizerBytes, bytes_of
 from nemo_automodel.components.plan.workload import Workload
 from nemo_automodel.recipes.llm.text_data import model_path_of
-from nemo_automodel.recipes.llm.train_ft import model_wishes
+from nemo_automodel.recipes.model_wishes import model_wishes
 from nemo_automodel.recipes.plan_alternatives import alternatives, can_be
 from nemo_automodel.recipes.settings import RunSettings, load_settings
 from nemo_automodel.shared.dtypes import parse_dtype
@@ -69,14 +72,50 @@ def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -
     settings = load_settings(config)
     found = _outline(settings)
     load, notes = _workload(settings, found, seq_len)
+    plan = _plan_of(settings, found, load, notes, machine)
+    return plan if plan.fits else _with_alternative(plan, settings, found)
+
+
+def plan_policies(settings: RunSettings, machine: Machine, seq_len: int | None = None) -> list[Plan]:
+    """Return the plan of a run under every policy that its layers know, the fastest first.
+
+    Where none fits, the one that needs least holds the nearest settings that do.
+
+    Raises:
+        UserError: as `plan_run`.
+    """
+    found = _outline(settings)
+    load, notes = _workload(settings, found, seq_len)
+    policies = known_policies(is_fast=found.why_plain is None, shares_memory=machine.is_unified)
+    plans = [_plan_of(settings, found, load.changed(recompute=policy), notes, machine) for policy in policies]
+    plans.sort(key=lambda plan: -plan.speed.tokens_per_s)
+    if not any(plan.fits for plan in plans):
+        least = min(range(len(plans)), key=lambda number: plans[number].needed_bytes)
+        plans[least] = _with_alternative(plans[least], settings, found)
+    return plans
+
+
+def predict(settings: RunSettings, rows: int, seq_len: int, policy: str) -> memory.Memory:
+    """Return the memory at the peak of a micro-batch of that size.
+
+    Raises:
+        UserError: as `plan_run`.
+    """
+    found = _outline(settings)
+    load, _ = _workload(settings, found, seq_len)
+    with torch.enable_grad():  # the layers of the outline run backward, whoever asks
+        return memory.peak(_with_plain_run(load.changed(rows=rows, seq_len=seq_len, recompute=policy), found))
+
+
+def _plan_of(settings: RunSettings, found: Outline, load: Workload, notes: list[str], machine: Machine) -> Plan:
     load = _with_plain_run(load, found)
     needed, fast = memory.peak(load), found.why_plain is None
     if memory.offloaded(load):
-        notes.append(f"The host holds {memory.offloaded(load) / GIB:.1f} GiB of activations, page-locked.")
+        notes = [*notes, f"The host holds {memory.offloaded(load) / GIB:.1f} GiB of activations, page-locked."]
     notes = [f"Decoder layers: {'fast' if fast else f'plain Transformers: {found.why_plain}'}.", *notes]
     if not machine.is_measured:
         notes.append("Rates of this GPU are scaled from a measured one by the datasheets.")
-    plan = Plan(
+    return Plan(
         machine,
         load,
         needed,
@@ -86,12 +125,14 @@ def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -
         num_steps=settings.step_scheduler.max_steps,
         notes=tuple(notes),
     )
-    if plan.fits:
-        return plan
-    for overrides, other in alternatives(load, settings):
+
+
+def _with_alternative(plan: Plan, settings: RunSettings, found: Outline) -> Plan:
+    """Return the plan with the nearest settings that fit, if there are any."""
+    for overrides, other in alternatives(plan.load, settings):
         other = _with_plain_run(other, found)
         candidate = Plan(**{**vars(plan), "load": other, "memory": memory.peak(other)})
-        if candidate.fits and can_be(config, overrides):
+        if candidate.fits and can_be(settings.config, overrides):
             return Plan(**{**vars(plan), "alternative": (overrides, other)})
     return plan
 

@@ -45,6 +45,7 @@ SECTIONS = (
     "packed_sequence",
     "data_check",
     "loss_guard",
+    "memory",
     "neftune",
     "benchmark",
     "checkpoint",

@@ -21,6 +21,7 @@ from nemo_automodel.components.datasets.config import DataCheckConfig, Dataloade
 from nemo_automodel.components.distributed.config import DistEnvConfig, DistributedConfig
 from nemo_automodel.components.loggers.config import MLflowConfig, TensorBoardConfig, WandbConfig
 from nemo_automodel.components.optim.config import LRSchedulerConfig, optimizer_path
+from nemo_automodel.components.plan.config import MemoryConfig
 from nemo_automodel.components.quantization.config import CompileConfig, FP8Config, QATSettings, QuantizationConfig
 from nemo_automodel.components.training.config import (
     BenchmarkConfig,
@@ -30,6 +31,7 @@ from nemo_automodel.components.training.config import (
 )
 from nemo_automodel.recipes import section_rules as rules
 from nemo_automodel.recipes.dataset_rules import TOKENIZER_RUNTIME, check_dataset, check_token_budget, single_sets
+from nemo_automodel.recipes.memory_rules import memory_settings
 from nemo_automodel.recipes.precision_rules import check_fp8, check_qat
 from nemo_automodel.shared.errors import ConfigError
 
@@ -81,6 +83,7 @@ class RunSettings:
     data_check: DataCheckConfig | None
     """``None``: the label gate is off."""
     loss_guard: LossGuardConfig
+    memory: MemoryConfig
     noise_alpha: float
     """Of NEFTune; 0: no noise."""
     benchmark: BenchmarkConfig
@@ -161,6 +164,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         packed_sequence=packed_sequence,
         data_check=rules.data_check(config),
         loss_guard=build(LossGuardConfig, _section(config, "loss_guard"), "loss_guard"),
+        memory=memory_settings(config, notices),
         noise_alpha=_noise_alpha(config),
         benchmark=build(BenchmarkConfig, _section(config, "benchmark"), "benchmark"),
         checkpoint=checkpoint,

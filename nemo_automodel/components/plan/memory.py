@@ -19,6 +19,14 @@ CHUNK_ROWS = 2048
 """Rows of logits that the loss of a frozen head holds at once."""
 _FP32_CHUNK_BYTES = 3 * 64 * 2**20
 """Of logits in fp32, with their softmax, where the loss is made from logits."""
+TERM_NAMES = {
+    "weights": "frozen weights",
+    "embeddings": "embedding and output head",
+    "trainable": "what learns, and gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations",
+    "working": "layer at work, loss",
+}
 _LIBRARY_BYTES = 72 * 2**20
 """Workspaces of the matrix libraries."""
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -47,6 +55,11 @@ class Memory:
     def terms(self) -> dict[str, float]:
         """Return the terms in GiB, by name."""
         return {name: getattr(self, name) / GIB for name in self.__dataclass_fields__}
+
+    def largest(self, count: int = 3) -> str:
+        """Return the largest terms in words, such as ``activations (40.1 GiB), frozen weights (15.0 GiB)``."""
+        terms = sorted(self.terms().items(), key=lambda item: -item[1])[:count]
+        return ", ".join(f"{TERM_NAMES[name]} ({gib:.2f} GiB)" for name, gib in terms)
 
 
 def peak(load: Workload) -> Memory:

@@ -209,6 +209,8 @@ class BenchmarkingRecipeForNextTokenPrediction(TrainFinetuneRecipeForNextTokenPr
 def as_benchmark(cfg: ConfigNode) -> ConfigNode:
     """Return a copy of a configuration that neither validates nor saves, since both would be timed.
 
+    Nor is a step that does not fit done again, unless that is asked for: the result would be of another batch.
+
     Mock batches that do not say how many rows they have get those of a micro-batch.
 
     Raises:
@@ -216,6 +218,10 @@ def as_benchmark(cfg: ConfigNode) -> ConfigNode:
     """
     config = cfg.copy()
     config.set_by_dotted("checkpoint.enabled", False)
+    if isinstance(config.get("memory"), str):
+        config["memory"] = {"policy": config["memory"]}
+    if config.get("memory.rescue") is None:
+        config.set_by_dotted("memory.rescue", False)
     for section in config:
         if section.startswith("validation_dataset"):
             config.remove(section)

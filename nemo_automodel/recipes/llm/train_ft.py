@@ -6,7 +6,6 @@ Run it as a program: ``python nemo_automodel/recipes/llm/train_ft.py -c config.y
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nemo_automodel._transformers import auto_model
 from nemo_automodel.components.config import targets
@@ -14,7 +13,7 @@ from nemo_automodel.components.config._arg_parser import parse_args_and_load_con
 from nemo_automodel.recipes.base_recipe import BaseRecipe
 from nemo_automodel.recipes.data_check import DataCheck, limits_of
 from nemo_automodel.recipes.llm.text_data import TextData, model_path_of
-from nemo_automodel.recipes.settings import RunSettings
+from nemo_automodel.recipes.model_wishes import model_wishes
 from nemo_automodel.shared.errors import UserError
 
 
@@ -64,31 +63,6 @@ class TrainFinetuneRecipeForNextTokenPrediction(BaseRecipe):
                     f"so {', '.join(sorted(wishes))} cannot be applied. Use nemo_automodel.NeMoAutoModelForCausalLM."
                 )
             self.model = self.settings.model.instantiate().to(self.device)
-
-
-def model_wishes(settings: RunSettings, peft: Any) -> dict[str, Any]:
-    """Return what the settings ask of the model beyond its own section, as keywords of `NeMoAutoModelForCausalLM`."""
-    wishes: dict[str, Any] = {}
-    if peft is not None:
-        wishes["peft_config"] = peft
-    if settings.quantization is not None:
-        wishes["quantization_config"] = settings.quantization
-    if settings.fp8 is not None:
-        wishes["fp8_config"] = settings.fp8
-    if settings.qat is not None:
-        scheme = settings.qat.quantizer if settings.qat.quantizer is not None else settings.qat.qat_config
-        wishes["qat_config"] = scheme.instantiate()
-    if settings.compile.enabled or settings.distributed.enable_compile:
-        wishes["compile_config"] = settings.compile
-    if settings.distributed.enable_compile:
-        wishes["compile_layers"] = True
-    if settings.freeze_embeddings:
-        wishes["freeze_config"] = {"freeze_embeddings": True}
-    if settings.distributed.recompute_policy() != "none":
-        wishes["activation_checkpointing"] = settings.distributed.recompute_policy()
-    if settings.distributed.mlp_tile_tokens is not None:
-        wishes["mlp_tile_tokens"] = settings.distributed.mlp_tile_tokens
-    return wishes
 
 
 def main(config_path: str | Path | None = None) -> None:
