@@ -47,7 +47,6 @@ from nemo_automodel.components.distributed.init_utils import initialize_distribu
 from nemo_automodel.components.distributed.mesh import build_mesh
 from nemo_automodel.components.loggers.log_utils import setup_logging
 from nemo_automodel.components.loggers.run_loggers import RunLoggers
-from nemo_automodel.components.loggers.run_record import extreme, points, read_run
 from nemo_automodel.components.optim.in_backward import StepInBackward
 from nemo_automodel.components.optim.optimizer import (
     ParamGroupOverride,
@@ -64,6 +63,8 @@ from nemo_automodel.recipes.banner import log_experiment, log_model
 from nemo_automodel.recipes.data_check import DataCheck
 from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens, count_tokens
 from nemo_automodel.recipes.kernel_record import read_kernels, write_kernels
+from nemo_automodel.recipes.memory_watch import watch_set_up, watch_training
+from nemo_automodel.recipes.next_steps import log_what_next
 from nemo_automodel.recipes.packing_proof import prove_packing
 from nemo_automodel.recipes.resume_check import ResumeCheck
 from nemo_automodel.recipes.settings import effective_yaml, load_settings
@@ -146,7 +147,7 @@ class BaseRecipe:
         self._open_loggers()
         if self.run_directory.resume_from is not None:
             self.kernel_record = read_kernels(self.run_directory.path)
-        with ExitStack() as on_failure:
+        with watch_set_up(self.settings, self.device), ExitStack() as on_failure:
             on_failure.callback(self.loggers.close, succeeded=False)
             with ScopedRNG(self.settings.seed, ranked=True):
                 self.build_model()
@@ -341,7 +342,8 @@ class BaseRecipe:
         garbage = GarbageCollection(self.settings.step_scheduler.gc_every_steps)
         self._step_end_s = time.perf_counter()
         loaders, steps = self._worked_loaders(), iter(self.schedule)
-        with self.loggers, self.checkpointer, garbage, explained_faults(loaders), closing(steps):
+        watch = watch_training(self.settings, self.device, self.run_directory.path)
+        with watch, self.loggers, self.checkpointer, garbage, explained_faults(loaders), closing(steps):
             for planned, batches in steps:
                 if self.data_check is not None:
                     self.data_check.first_step(batches)
@@ -515,19 +517,4 @@ class BaseRecipe:
             logger.error("%s The run goes on, and the next save tries again.", error)
 
     def _say_what_next(self, step: Step | None) -> None:
-        run_dir = self.run_directory.path
-        if step is not None and step.is_preempted and not step.is_last:
-            logger.info("Stopped after step %d. The same command goes on from there.", step.index)
-            return
-        lines = [f"Training is done after {self.schedule.step} steps."]
-        checkpoint = newest_checkpoint(run_dir)
-        if checkpoint is not None:
-            lines.append(f"  checkpoint       {checkpoint}")
-        for name, records in read_run(run_dir).validation.items():
-            best = extreme(points(records, "val_loss"), min)
-            if best is not None:
-                lines.append(f"  best validation  {best[0]:.4f} ({name}, step {best[1]})")
-        lines.append(f"  look at it       automodel report {run_dir}")
-        if checkpoint is not None:
-            lines.append(f"  try it           automodel chat {checkpoint}")
-        logger.info("\n".join(lines))
+        log_what_next(self.run_directory.path, step, self.schedule.step)

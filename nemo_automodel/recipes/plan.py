@@ -30,6 +30,8 @@ _PROCESS_GIB = 4.0
 """Host memory of a training process beside its tensors."""
 _SHARD_GIB = 5.0
 """Weight files are seldom larger."""
+_BUFFER_GIB = 1 / 32
+"""What the host holds of a file that is read in a stream, as all are on unified memory."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,11 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """Memory that counts against the machine's: on unified memory the process itself as well."""
-        return self.memory.total + int(_PROCESS_GIB * GIB if self.machine.is_unified else 0)
+        """Memory that counts against the machine's: on unified memory the host's as well, in a step and in loading."""
+        if not self.machine.is_unified:
+            return self.memory.total
+        in_step = self.memory.total + int(_host_gib(self.load) * GIB)
+        return max(in_step, int((self.load_host_gib + self.load_device_gib) * GIB))
 
     @property
     def fits(self) -> bool:
@@ -81,7 +86,7 @@ def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -
         load,
         needed,
         speed.estimate(load, machine),
-        *_loading(load, needed),
+        *_loading(load, needed, machine),
         checkpoint_gib=_checkpoint_gib(load),
         num_steps=settings.step_scheduler.max_steps,
         notes=tuple(notes),
@@ -90,7 +95,10 @@ def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -
         return plan
     for overrides, other in alternatives(load, settings):
         other = _with_plain_run(other, found)
-        candidate = Plan(**{**vars(plan), "load": other, "memory": memory.peak(other)})
+        needed = memory.peak(other)
+        host_gib, device_gib = _loading(other, needed, machine)
+        at_load = {"load_host_gib": host_gib, "load_device_gib": device_gib}
+        candidate = Plan(**{**vars(plan), "load": other, "memory": needed, **at_load})
         if candidate.fits and can_be(config, overrides):
             return Plan(**{**vars(plan), "alternative": (overrides, other)})
     return plan
@@ -172,11 +180,17 @@ def _optimizer_bytes(settings: RunSettings, weight_bytes: int, notes: list[str])
     return found
 
 
-def _loading(load: Workload, needed: memory.Memory) -> tuple[float, float]:
+def _host_gib(load: Workload) -> float:
+    """Return what a step needs of the host's memory, in GiB."""
+    return _PROCESS_GIB + (load.shape.num_embedding * load.weight_bytes / GIB if load.embeddings_on_host else 0)
+
+
+def _loading(load: Workload, needed: memory.Memory, machine: Machine) -> tuple[float, float]:
     """Return the peaks of host and device memory while weights are read, in GiB."""
     weights = (needed.weights + needed.embeddings) / GIB
     largest = max(linear.num_in * linear.num_out for linear in load.shape.linears) * load.weight_bytes / GIB
-    return _PROCESS_GIB + min(_SHARD_GIB, load.shape.num_weights * load.weight_bytes / GIB), weights + 3 * largest
+    shard = _BUFFER_GIB if machine.is_unified else min(_SHARD_GIB, load.shape.num_weights * load.weight_bytes / GIB)
+    return _host_gib(load) + shard, weights + 3 * largest
 
 
 def _checkpoint_gib(load: Workload) -> float:
