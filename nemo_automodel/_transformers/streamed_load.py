@@ -241,9 +241,21 @@ def finish(model: PreTrainedModel, blueprint: Blueprint) -> None:
             shape = module.get_buffer(key).shape
             module.register_buffer(key, torch.full(shape, fill, dtype=dtype, device=blueprint.device), persistent=False)
         if empty:
-            with torch.no_grad():
-                model._init_weights(module)  # type: ignore[no-untyped-call]
+            _compute_buffers(model, module, empty)
             for key in empty:
                 assert not bool(module.get_buffer(key).isnan().any()), f"`{name}.{key}` is not made by Transformers"
     left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     assert not left, f"{left[:3]} have no memory"
+
+
+def _compute_buffers(model: PreTrainedModel, module: nn.Module, empty: list[str]) -> None:
+    """Have Transformers compute a module's buffers and nothing else: Gemma's embedding has one beside its weight."""
+    held: list[Any] = [*module.parameters(recurse=False)]
+    held += [buffer for key, buffer in module.named_buffers(recurse=False) if key not in empty]
+    for tensor in held:
+        tensor._is_hf_initialized = True  # Transformers' mark for what its functions leave alone
+    versions = [tensor._version for tensor in held]
+    with torch.no_grad():
+        model._init_weights(module)  # type: ignore[no-untyped-call]
+    changed = versions != [tensor._version for tensor in held]
+    assert not changed, f"{type(module).__name__} draws its weights anew while its buffers are computed"

@@ -29,7 +29,7 @@ def watch_set_up(settings: RunSettings, device: torch.device) -> MemoryWatch:
 def watch_training(settings: RunSettings, device: torch.device, run_directory: Path) -> MemoryWatch:
     """Return the watch over the loop."""
     state = (
-        f"No checkpoint was tried, since that takes memory; one that is in `{run_directory}` is whole, and the same "
-        "command goes on from it."
+        f"Nothing more was saved, since that takes memory; a checkpoint that is in `{run_directory}` is whole, and the "
+        "same command goes on from it."
     )
     return MemoryWatch(floor_for(device, settings.unified_memory.floor_gib), "training", state)

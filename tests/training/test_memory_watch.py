@@ -193,6 +193,18 @@ def test_nobody_swallows_it(tmp_path):
     assert watched(tmp_path, 3.0, swallow)[0] == 3
 
 
+def test_what_others_make_of_it_is_still_it(tmp_path):
+    def wrap() -> None:
+        try:
+            think()
+        except BaseException as error:
+            raise OSError("could not write") from error
+
+    status, output = watched(tmp_path, 3.0, wrap)
+    assert (status, output.splitlines()[0]) == (3, "left")
+    assert output.splitlines()[1].startswith("error: Stopped while training, before the machine swaps: 3.0 GiB")
+
+
 def test_memory_that_stays_ends_nothing(tmp_path):
     assert watched(tmp_path, 4.0, lambda: think(1.0)) == (0, "left\n")
 

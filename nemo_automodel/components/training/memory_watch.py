@@ -149,6 +149,9 @@ class MemoryWatch:
         self._thread = None
         if self._may_raise:
             signal.signal(_signal_number(), self._old_handler)
+        if self._message and error is not None and not isinstance(error, LowMemoryStop):
+            # it was raised within something that turns whatever it meets into an error of its own
+            raise LowMemoryStop(self._message) from error
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if not self._over.is_set():
