@@ -2,7 +2,7 @@
 
 Where GPU and host share one memory, a run that takes too much makes the machine swap, and a machine that swaps its
 training cannot be logged into to end it. So the memory that is left is looked at four times a second, from a thread:
-one read of /proc/meminfo, about 50 microseconds. Below the floor the main thread gets a signal, whose handler raises
+a quarter of a millisecond each time. Below the floor the main thread gets a signal, whose handler raises
 `LowMemoryStop` there, and has `GRACE_S` to leave: files are closed, trackers told. When it does not, because it is
 inside one long call, or when the memory falls to half of the floor meanwhile, the thread prints the message and ends
 the process. No checkpoint is written then, since gathering one takes memory; the last one is whole, whatever happens.
