@@ -56,7 +56,7 @@ class Plan:
         """Memory that counts against the machine's: on unified memory the host's as well, in a step and in loading."""
         if not self.machine.is_unified:
             return self.memory.total
-        in_step = self.memory.total + int(_host_gib(self.load) * GIB)
+        in_step = self.memory.total + int(_host_gib(self.load) * GIB + memory.offloaded(self.load))
         return max(in_step, int((self.load_host_gib + self.load_device_gib) * GIB))
 
     @property

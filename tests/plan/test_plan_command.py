@@ -100,6 +100,15 @@ def test_on_unified_memory_nothing_is_gained_by_moving_the_embedding_to_the_host
     assert discrete["needed_gib"] == pytest.approx(on_host["needed_gib"] - embedding_gib - 4, abs=0.02)
 
 
+def test_on_unified_memory_nothing_is_gained_by_moving_activations_to_the_host(recipe, capsys):
+    path = recipe(peft=PEFT, step_scheduler__local_batch_size=1)
+    words = ("--seq-len", "65536", "--gpu", "gb10", "--distributed.activation_checkpointing")
+    _, recomputed = plan(capsys, path, *words, "full")
+    _, offloaded = plan(capsys, path, *words, "full_offload")
+    assert offloaded["needed_gib"] >= recomputed["needed_gib"]
+    assert offloaded["needed_gib"] == pytest.approx(sum(offloaded["memory_gib"].values()) + 16 + 4, abs=0.05)
+
+
 def test_on_unified_memory_loading_counts_on_both_sides(recipe, capsys):
     quantization = {"load_in_4bit": True}
     path = recipe(peft=PEFT, quantization=quantization, step_scheduler__local_batch_size=1)

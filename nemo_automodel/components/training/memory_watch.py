@@ -7,7 +7,7 @@ a quarter of a millisecond each time. Below the floor the main thread gets a sig
 inside one long call, or when the memory falls to half of the floor meanwhile, the thread prints the message and ends
 the process. No checkpoint is written then, since gathering one takes memory; the last one is whole, whatever happens.
 
-Loading is slower than memory runs out, so its stream asks `MemoryFloor.require` before each tensor, too.
+Loading can take memory faster than the thread looks, so its stream asks `MemoryFloor.require` before each tensor.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def floor_for(device: torch.device, floor_gib: float | None = None) -> MemoryFlo
     Raises:
         UserError: a floor is asked for on a system that does not say how much memory is left.
     """
-    is_shared = device.type == "cuda" and _shares_memory(device)
+    is_shared = device.type == "cuda" and device_shares_memory(device)
     if floor_gib == 0 or (floor_gib is None and not is_shared):
         return None
     if not Path("/proc/meminfo").is_file():
@@ -106,7 +106,8 @@ def floor_for(device: torch.device, floor_gib: float | None = None) -> MemoryFlo
     return MemoryFloor(num_bytes, holds_model=is_shared or device.type != "cuda")
 
 
-def _shares_memory(device: torch.device) -> bool:
+def device_shares_memory(device: torch.device) -> bool:
+    """Tell whether a CUDA device takes its memory from the host's."""
     properties: Any = torch.cuda.get_device_properties(device)
     return shares_memory(properties.name, bool(properties.is_integrated))
 
