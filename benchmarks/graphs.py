@@ -26,6 +26,7 @@ import torch
 from measuring import LORA_ALPHA, LORA_RANK, environment, make_config, packed_batches, random_batches, time_steps
 
 from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel._transformers.layer_graphs import recorded_bytes
 from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.components.distributed.grad import clip_grad_norm
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
@@ -133,7 +134,7 @@ def run(case: str, wish: str, args: argparse.Namespace, seconds: float | None = 
         "first losses": first,
         "first_steps_s": first_s,
         "timed_s": window.seconds,
-        "peak_gib": window.peak_gib,
+        "peak_gib": (window.peak_gib or 0.0) + recorded_bytes(model) / 2**30,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
     }
 

@@ -26,6 +26,7 @@ from nemo_automodel.components.quantization.config import QuantizationConfig
 from nemo_automodel.shared.dtypes import dtype_name
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import require
+from nemo_automodel.shared.memory import read_memory
 from nemo_automodel.shared.types import IGNORE_INDEX
 
 MAX_POSITIONS = 512
@@ -175,9 +176,6 @@ def choose_loading(base: Path, device: str | None, trust_remote_code: bool) -> L
 
 def _free_memory() -> int:
     """Return the bytes of main memory that can be had, caches included."""
-    table = Path("/proc/meminfo")
-    lines = table.read_text(encoding="ascii").splitlines() if table.is_file() else []
-    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    if found is not None:
-        return int(found.split()[1]) * 1024
+    if Path("/proc/meminfo").is_file():
+        return read_memory().available
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

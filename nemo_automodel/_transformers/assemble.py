@@ -1,7 +1,8 @@
 """Model surgery: the one place where a loaded model is changed, in one order.
 
 1. load, or build with random weights on the device; in 4 bits `quantized_load` packs each weight as it is read or draws
-   random codes, and what it cannot read, and all of 8 bits, Transformers and bitsandbytes do;
+   random codes, and what it cannot read, and all of 8 bits, Transformers and bitsandbytes do; where the GPU shares the
+   host's memory, `streamed_load` reads unpacked weights in a stream;
 2. freeze what ``freeze_config`` names;
 3. put adapters on whatever linear layers are there, packed or not;
 4. move to the device, unless the weights were read straight onto it; have linear layers round if asked (``qat``);
@@ -23,7 +24,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PretrainedConfig, PreTrainedModel
 
-from nemo_automodel._transformers import quantized_load
+from nemo_automodel._transformers import quantized_load, streamed_load
 from nemo_automodel._transformers.compiling import compile_model
 from nemo_automodel._transformers.fast_layers import FastRequest, use_fast_layers
 from nemo_automodel._transformers.fp8_base import Fp8Plan
@@ -31,9 +32,11 @@ from nemo_automodel._transformers.host_embedding import keep_on_host
 from nemo_automodel._transformers.kernel_choice import KernelRequest
 from nemo_automodel._transformers.model_source import readable_errors
 from nemo_automodel._transformers.options import FREEZE_KEYS, Quantization
+from nemo_automodel._transformers.shard_reader import drop_cached
 from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
 from nemo_automodel.components.quantization.config import CompileConfig
 from nemo_automodel.components.quantization.qat import fake_quantize
+from nemo_automodel.components.training.memory_watch import MemoryFloor
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import is_available
 
@@ -71,6 +74,8 @@ class AssemblyPlan:
     embeddings_on_host: bool = False
     force_hf: bool = False
     autocast_dtype: str | None = None
+    floor: MemoryFloor | None = None
+    """What stays free of the host's memory; with it all weights are read in a stream."""
     kernels: KernelRequest = field(default_factory=KernelRequest)
     quantization: Quantization | None = None
     fp8: Fp8Plan | None = None
@@ -132,7 +137,7 @@ def _build(plan: AssemblyPlan) -> PreTrainedModel:
     quantization = plan.quantization
     if quantization is not None and quantization.four_bit is not None:
         blueprint = _blueprint(plan, torch.float32)
-        model = quantized_load.build_empty(blueprint)
+        model = streamed_load.build_empty(blueprint)
         reason = quantized_load.model_obstacle(model)
         if reason is not None:
             raise UserError(f"`from_config` cannot make random weights in 4 bits: {reason}. Leave `quantization` out.")
@@ -153,8 +158,8 @@ def _build(plan: AssemblyPlan) -> PreTrainedModel:
     return random
 
 
-def _blueprint(plan: AssemblyPlan, default_dtype: torch.dtype) -> quantized_load.Blueprint:
-    return quantized_load.Blueprint(
+def _blueprint(plan: AssemblyPlan, default_dtype: torch.dtype) -> streamed_load.Blueprint:
+    return streamed_load.Blueprint(
         plan.auto_class,
         plan.config,
         plan.dtype or default_dtype,
@@ -166,19 +171,31 @@ def _blueprint(plan: AssemblyPlan, default_dtype: torch.dtype) -> quantized_load
 
 def _load(plan: AssemblyPlan, source: str) -> PreTrainedModel:
     four_bit = None if plan.quantization is None else plan.quantization.four_bit
-    if four_bit is None:
+    # weights that stay as they are come in a stream where the memory has a floor: where the GPU shares it
+    is_plain = plan.quantization is None and plan.config.to_dict().get("quantization_config") is None
+    if four_bit is None and not (is_plain and plan.floor is not None):
         return _load_with_transformers(plan, source)
     with readable_errors(source):
-        files = quantized_load.find_files(source, plan.hub)
+        files = streamed_load.find_files(source, plan.hub)
     stored = next((t.dtype for t in files.weights.values() if t.dtype.is_floating_point), None) if files else None
     blueprint = _blueprint(plan, stored or torch.float32)
-    model = quantized_load.build_empty(blueprint)
-    reason = quantized_load.model_obstacle(model) or quantized_load.file_obstacle(model, files)
+    model = streamed_load.build_empty(blueprint)
+    if four_bit is None:
+        reason, others = streamed_load.plain_obstacle(model, files), "read by Transformers, in no stream"
+    else:
+        reason = quantized_load.model_obstacle(model) or quantized_load.file_obstacle(model, files)
+        others = "packed by Transformers and bitsandbytes"
     if reason is not None or files is None:
-        logger.info("Weights: packed by Transformers and bitsandbytes: %s.", reason)
+        logger.info("Weights: %s: %s.", others, reason)
         del model
-        return _load_with_transformers(plan, source)
-    model, report = quantized_load.load_packed(model, files, blueprint, four_bit)
+        loaded = _load_with_transformers(plan, source)
+        if files is not None and plan.floor is not None:
+            drop_cached(sorted({stored.path for stored in files.index.values()}))
+        return loaded
+    if four_bit is None:
+        model, report = streamed_load.load_plain(model, files, blueprint, plan.floor)
+    else:
+        model, report = quantized_load.load_packed(model, files, blueprint, four_bit, plan.floor)
     _check_loaded(model, report, source)
     return model
 

@@ -34,6 +34,7 @@ from nemo_automodel._transformers.options import (
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components.fast.config import parse_kernels
 from nemo_automodel.components.quantization.config import CompileConfig, FP8Config, QuantizationConfig
+from nemo_automodel.components.training.memory_watch import floor_for
 from nemo_automodel.shared.backend import BackendConfig
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import UserError
@@ -78,6 +79,7 @@ class _NeMoAutoModel:
         kernels: str | dict[str, Any] | None = None,
         kernel_record: dict[str, Any] | None = None,
         row_shape: tuple[int, int] | None = None,
+        memory_floor_gib: float | None = None,
         has_packed_sequence: bool = False,
         output_hidden_states: bool | None = None,
         distributed_setup: Any = None,
@@ -89,22 +91,24 @@ class _NeMoAutoModel:
         """Load a model from a directory or from the Hub.
 
         ``torch_dtype`` (or ``dtype``) ``auto`` is the stored dtype on a GPU and fp32 on a CPU. ``device`` defaults to
-        the first GPU, else the CPU. ``activation_checkpointing`` is ``none``, ``selective``, ``full`` or a
-        name of `shared.memory_policies`, and ``mlp_tile_tokens`` divides the MLP, see docs/performance.md.
-        ``compile_config`` compiles the whole model, ``compile_layers`` each decoder layer. ``fast_layers`` is ``auto``,
-        ``on`` or ``off``: decoder layers in their fast form, see docs/performance.md; ``force_hf`` turns it off as
-        well. ``cuda_graphs``, ``auto``, ``on`` or ``off``, records these layers. ``fp8_config`` multiplies in 8 bits:
-        the frozen base under an adapter, or all weights. ``embeddings_on_host`` keeps the frozen input embedding in the
-        host's memory. ``kernels`` is ``measure``, ``defaults`` or a mapping, see there; ``kernel_record`` what an
-        earlier run of the same job measured, and ``row_shape`` the rows and positions of the batches to come, if they
-        are all alike. ``autocast_dtype`` says that the caller computes under autocast. The liger and SDPA keys,
-        ``backend``, ``has_packed_sequence`` and ``output_hidden_states`` are accepted and change nothing. ``kwargs``:
-        ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``subfolder``, ``force_download``, or keys of
-        config.json to override.
+        the first GPU, else the CPU. ``activation_checkpointing`` is ``none``, ``selective``, ``full`` or a name of
+        `shared.memory_policies`, and ``mlp_tile_tokens`` divides the MLP, see docs/performance.md. ``compile_config``
+        compiles the whole model, ``compile_layers`` each decoder layer. ``fast_layers`` is ``auto``, ``on`` or ``off``:
+        decoder layers in their fast form, see docs/performance.md; ``force_hf`` turns it off as well. ``cuda_graphs``,
+        ``auto``, ``on`` or ``off``, records these layers. ``fp8_config`` multiplies in 8 bits: the frozen base under an
+        adapter, or all weights. ``embeddings_on_host`` keeps the frozen input embedding in the host's memory.
+        ``kernels`` is ``measure``, ``defaults`` or a mapping, see there; ``kernel_record`` what an earlier run of the
+        same job measured, and ``row_shape`` the rows and positions of the batches to come, if they are all alike.
+        ``memory_floor_gib`` keeps so much of the host's memory free while weights are read; where the GPU shares that
+        memory there is such a floor anyway, see docs/models.md. ``autocast_dtype`` says that the caller computes under
+        autocast. The liger and SDPA keys, ``backend``, ``has_packed_sequence`` and ``output_hidden_states`` are
+        accepted and change nothing. ``kwargs``: ``revision``, ``cache_dir``, ``token``, ``local_files_only``,
+        ``subfolder``, ``force_download``, or keys of config.json to override.
 
         Raises:
             UserError: every mistake of the caller, in one line: no such model, incomplete files, unknown keys or
                 architecture, missing packages, no such device.
+            LowMemoryStop: reading the weights would cross the floor under the host's memory.
         """
         # every explicit keyword above is a field of ModelOptions
         keywords = {key: value for key, value in locals().items() if key not in ("cls", "kwargs")}
@@ -166,6 +170,7 @@ class _NeMoAutoModel:
             embeddings_on_host=options.embeddings_on_host,
             force_hf=options.force_hf,
             autocast_dtype=options.autocast_dtype,
+            floor=floor_for(device, options.memory_floor_gib),
             kernels=KernelRequest(parse_kernels(options.kernels), options.kernel_record, options.row_shape),
             quantization=quantization,
             fp8=fp8,

@@ -49,6 +49,7 @@ from nemo_automodel.components.fast.trained_layer import TrainedCore, TrainedSto
 from nemo_automodel.components.fast.watch import Watch
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
+from nemo_automodel.components.training.memory_watch import device_shares_memory
 from nemo_automodel.kernels.weight_grad import is_alone
 from nemo_automodel.shared.dtypes import dtype_name
 from nemo_automodel.shared.errors import UserError
@@ -201,7 +202,7 @@ def _memory(model: PreTrainedModel, request: FastRequest) -> Memory:
         UserError: the host's memory is asked for, and it is the GPU's.
     """
     offloads, device = POLICIES[request.recompute].offloads, model.device
-    if offloads and device.type == "cuda" and torch.cuda.get_device_properties(device).is_integrated:
+    if offloads and device.type == "cuda" and device_shares_memory(device):
         raise UserError(
             f"`distributed.activation_checkpointing: {request.recompute}` moves activations to the host's memory, "
             "which this GPU shares: it would save nothing. Use full."

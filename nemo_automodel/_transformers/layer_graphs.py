@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from nemo_automodel.components.fast.decoder_layer import DecoderCore
+from nemo_automodel.components.fast.decoder_layer import DecoderCore, FastDecoderLayer
 from nemo_automodel.components.fast.graphs import CudaRecorder, Graphs, LayerGraphs
 from nemo_automodel.components.fast.trained_layer import TrainedCore
 from nemo_automodel.components.training.flops import peak_tflops
@@ -43,3 +43,20 @@ def _tokens_worth_recording(core: DecoderCore, card: str) -> float:
     num_weights = sum(store.num_in * store.num_out for store in core.stores)
     passes = 3 if isinstance(core, TrainedCore) else 2
     return _START_SECONDS * _SHARE_OF_PEAK * peak * 1e12 / (2 * passes * num_weights)
+
+
+def forget_recordings(model: nn.Module) -> None:
+    """Let go of what was recorded of a model's layers, and of its memory."""
+    for layer in _recorded(model):
+        layer.forget()
+
+
+def recorded_bytes(model: nn.Module) -> int:
+    """Return the memory of a model's recordings that does not count as allocated between them."""
+    layers = _recorded(model)
+    return layers[0].graphs.recorder.held_bytes() if layers else 0
+
+
+def _recorded(model: nn.Module) -> list[LayerGraphs]:
+    found = [module.graphs for module in model.modules() if isinstance(module, FastDecoderLayer)]
+    return [graphs for graphs in found if isinstance(graphs, LayerGraphs)]

@@ -63,6 +63,7 @@ class ModelOptions:
     kernels: KernelWishes | str | dict[str, Any] | None = None
     kernel_record: dict[str, Any] | None = None
     row_shape: tuple[int, int] | None = None
+    memory_floor_gib: float | None = None
     has_packed_sequence: bool = False
     output_hidden_states: bool | None = None
     distributed_setup: Any = None

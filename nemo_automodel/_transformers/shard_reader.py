@@ -29,6 +29,9 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -63,9 +66,12 @@ def read_index(paths: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def read_tensors(
-    index: dict[str, StoredTensor], names: Iterable[str], device: torch.device
+    index: dict[str, StoredTensor], names: Iterable[str], device: torch.device, drops_unwritten: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors on ``device``, one at a time. Names that lie side by side in one file are read fastest.
+
+    The cache keeps pages that are not on the disk yet, as after a download; with ``drops_unwritten`` each file is
+    waited for until it is there, so that they can be dropped.
 
     Raises:
         EOFError: a file ends before its data do.
@@ -77,12 +83,33 @@ def read_tensors(
             stored = index[name]
             if stored.path != path:
                 if file >= 0:
-                    os.close(file)
+                    _close(file)
                 path, file = stored.path, os.open(stored.path, os.O_RDONLY)
+                if drops_unwritten:
+                    os.fsync(file)
             yield name, _read_tensor(file, stored, device, buffer)  # not through a variable: that would keep it
     finally:
         if file >= 0:
-            os.close(file)
+            _close(file)
+
+
+def drop_cached(paths: Iterable[Path]) -> None:
+    """Have the system forget the contents of files that others have read."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        _close(file)
+
+
+def _close(file: int) -> None:
+    _drop(file, 0, 0)  # also what was read ahead, and the edges of tensors
+    os.close(file)
+
+
+def _drop(file: int, offset: int, num_bytes: int) -> None:
+    """Tell the system that these bytes are not wanted again; 0 bytes: all from ``offset`` on."""
+    if hasattr(os, "posix_fadvise"):  # Linux
+        os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def _read_tensor(file: int, stored: StoredTensor, device: torch.device, buffer: torch.Tensor | None) -> torch.Tensor:
@@ -94,8 +121,8 @@ def _read_tensor(file: int, stored: StoredTensor, device: torch.device, buffer: 
             part = buffer[: min(_BUFFER_BYTES, stored.num_bytes - first)]
             _read(file, stored.offset + first, part)
             raw[first : first + len(part)].copy_(part)
-    if hasattr(os, "posix_fadvise"):  # Linux
-        os.posix_fadvise(file, stored.offset, stored.num_bytes, os.POSIX_FADV_DONTNEED)
+    if stored.num_bytes:
+        _drop(file, stored.offset, stored.num_bytes)
     return raw.view(stored.dtype).view(stored.shape)
 
 

@@ -61,7 +61,7 @@ tools (automodel <tool> --help says more):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Run the command line and return its exit status: 0, 2 for a user's mistake, 3 before a swap, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     return run_safely(lambda: _dispatch(words), debug="--debug" in words)
 

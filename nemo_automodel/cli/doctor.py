@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from nemo_automodel import __version__
 from nemo_automodel.components.doctor.findings import PROBLEM, STATUSES, Check, Finding, hide, run_check
+from nemo_automodel.shared.memory import read_memory, shares_memory
 
 if TYPE_CHECKING:
     from nemo_automodel.components.doctor.gpu import Driver
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 JSON_SCHEMA = 1
 """Raised when a key of the JSON changes its meaning or goes away; new keys and new checks may come at any time."""
 EXIT_PROBLEM = 1
-_UNIFIED_MEMORY_NAMES = ("GB10", "Thor", "Orin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,9 +136,8 @@ def _kernel_checks(results: list[Result], driver: Driver, env: Mapping[str, str]
     pip = around.pip("")
     checks["gpu.torch"] = lambda: gpu.judge_torch(torch, driver, env.get("CUDA_VISIBLE_DEVICES"), machine, pip)
     checks["gpu.device"] = lambda: gpu.judge_devices(torch, pip)
-    names = [*driver.names, *(device.name for device in torch.devices)]
-    if any(device.is_integrated for device in torch.devices) or any(
-        unified in name for unified in _UNIFIED_MEMORY_NAMES for name in names
-    ):
-        checks["machine.unified_memory"] = lambda: host.judge_unified_memory(host.read_memory())
+    gpus = [(name, False) for name in driver.names]
+    gpus += [(device.name, device.is_integrated) for device in torch.devices]
+    if any(shares_memory(name, is_integrated) for name, is_integrated in gpus):
+        checks["machine.unified_memory"] = lambda: host.judge_unified_memory(read_memory())
     return checks

@@ -27,6 +27,7 @@ from nemo_automodel._transformers.fast_layers import kernel_table
 from nemo_automodel._transformers.forward import LossFn
 from nemo_automodel._transformers.fp8_base import write_report
 from nemo_automodel._transformers.frozen_head import tied_weights
+from nemo_automodel._transformers.layer_graphs import recorded_bytes
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal
 from nemo_automodel._transformers.neftune import add_embedding_noise
@@ -47,7 +48,6 @@ from nemo_automodel.components.distributed.init_utils import initialize_distribu
 from nemo_automodel.components.distributed.mesh import build_mesh
 from nemo_automodel.components.loggers.log_utils import setup_logging
 from nemo_automodel.components.loggers.run_loggers import RunLoggers
-from nemo_automodel.components.loggers.run_record import extreme, points, read_run
 from nemo_automodel.components.optim.in_backward import StepInBackward
 from nemo_automodel.components.optim.optimizer import (
     ParamGroupOverride,
@@ -67,6 +67,8 @@ from nemo_automodel.recipes.kernel_record import read_kernels, write_kernels
 from nemo_automodel.recipes.memory_choice import choose_policy
 from nemo_automodel.recipes.memory_record import MemoryRecord
 from nemo_automodel.recipes.memory_rescue import build_engine
+from nemo_automodel.recipes.memory_watch import watch_set_up, watch_training
+from nemo_automodel.recipes.next_steps import log_what_next
 from nemo_automodel.recipes.packing_proof import prove_packing
 from nemo_automodel.recipes.resume_check import ResumeCheck
 from nemo_automodel.recipes.settings import effective_yaml, load_settings
@@ -152,7 +154,7 @@ class BaseRecipe:
         if is_resumed:
             self.kernel_record = read_kernels(self.run_directory.path)
         self.memory_record = MemoryRecord.open(self.run_directory.path, self.device, is_resumed)
-        with ExitStack() as on_failure:
+        with watch_set_up(self.settings, self.device), ExitStack() as on_failure:
             on_failure.callback(self.loggers.close, succeeded=False)
             statistics = None if self.data_check is None else self.data_check.statistics
             self.settings = choose_policy(self.settings, self.device, self.memory_record, statistics)
@@ -340,7 +342,8 @@ class BaseRecipe:
         garbage = GarbageCollection(self.settings.step_scheduler.gc_every_steps)
         self._step_end_s = time.perf_counter()
         loaders, steps = self._worked_loaders(), iter(self.schedule)
-        with self.loggers, self.checkpointer, garbage, explained_faults(loaders), closing(steps):
+        watch = watch_training(self.settings, self.device, self.run_directory.path)
+        with watch, self.loggers, self.checkpointer, garbage, explained_faults(loaders), closing(steps):
             for planned, batches in steps:
                 if self.data_check is not None:
                     self.data_check.first_step(batches)
@@ -445,10 +448,10 @@ class BaseRecipe:
         return elapsed
 
     def _take_peak_gib(self) -> float:
-        """Return the peak of allocated device memory since the last call, 0 on the CPU."""
+        """Return the peak of device memory in use since the last call, 0 on the CPU."""
         if self.device.type != "cuda":
             return 0.0
-        peak_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
+        peak_gib = (torch.cuda.max_memory_allocated(self.device) + recorded_bytes(self.model)) / 2**30
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak_gib
 
@@ -514,19 +517,4 @@ class BaseRecipe:
             logger.error("%s The run goes on, and the next save tries again.", error)
 
     def _say_what_next(self, step: Step | None) -> None:
-        run_dir = self.run_directory.path
-        if step is not None and step.is_preempted and not step.is_last:
-            logger.info("Stopped after step %d. The same command goes on from there.", step.index)
-            return
-        lines = [f"Training is done after {self.schedule.step} steps."]
-        checkpoint = newest_checkpoint(run_dir)
-        if checkpoint is not None:
-            lines.append(f"  checkpoint       {checkpoint}")
-        for name, records in read_run(run_dir).validation.items():
-            best = extreme(points(records, "val_loss"), min)
-            if best is not None:
-                lines.append(f"  best validation  {best[0]:.4f} ({name}, step {best[1]})")
-        lines.append(f"  look at it       automodel report {run_dir}")
-        if checkpoint is not None:
-            lines.append(f"  try it           automodel chat {checkpoint}")
-        logger.info("\n".join(lines))
+        log_what_next(self.run_directory.path, step, self.schedule.step)

@@ -29,6 +29,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nemo_automodel._transformers.forward import LossFn
+from nemo_automodel._transformers.layer_graphs import forget_recordings
 from nemo_automodel._transformers.recompute import policies_from, switch_recompute
 from nemo_automodel.components.optim.in_backward import StepInBackward
 from nemo_automodel.components.training.step_dump import capture_random, restore_random
@@ -217,6 +218,7 @@ class RescuingEngine(EagerEngine):
         """
         misfit = Misfit(failed.num_rows, failed.row_len, failed.policy, _asked_for(words), self._memory_in_use())
         self.forward.forget_sizes()
+        forget_recordings(self.forward.model)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

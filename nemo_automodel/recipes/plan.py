@@ -33,6 +33,8 @@ _PROCESS_GIB = 4.0
 """Host memory of a training process beside its tensors."""
 _SHARD_GIB = 5.0
 """Weight files are seldom larger."""
+_BUFFER_GIB = 1 / 32
+"""What the host holds of a file that is read in a stream, as all are on unified memory."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,11 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """Memory that counts against the machine's: on unified memory the process itself as well."""
-        return self.memory.total + int(_PROCESS_GIB * GIB if self.machine.is_unified else 0)
+        """Memory that counts against the machine's: on unified memory the host's as well, in a step and in loading."""
+        if not self.machine.is_unified:
+            return self.memory.total
+        in_step = self.memory.total + int(_host_gib(self.load) * GIB + memory.offloaded(self.load))
+        return max(in_step, int((self.load_host_gib + self.load_device_gib) * GIB))
 
     @property
     def fits(self) -> bool:
@@ -120,7 +125,7 @@ def _plan_of(settings: RunSettings, found: Outline, load: Workload, notes: list[
         load,
         needed,
         speed.estimate(load, machine),
-        *_loading(load, needed),
+        *_loading(load, needed, machine),
         checkpoint_gib=_checkpoint_gib(load),
         num_steps=settings.step_scheduler.max_steps,
         notes=tuple(notes),
@@ -131,7 +136,10 @@ def _with_alternative(plan: Plan, settings: RunSettings, found: Outline) -> Plan
     """Return the plan with the nearest settings that fit, if there are any."""
     for overrides, other in alternatives(plan.load, settings):
         other = _with_plain_run(other, found)
-        candidate = Plan(**{**vars(plan), "load": other, "memory": memory.peak(other)})
+        needed = memory.peak(other)
+        host_gib, device_gib = _loading(other, needed, plan.machine)
+        at_load = {"load_host_gib": host_gib, "load_device_gib": device_gib}
+        candidate = Plan(**{**vars(plan), "load": other, "memory": needed, **at_load})
         if candidate.fits and can_be(settings.config, overrides):
             return Plan(**{**vars(plan), "alternative": (overrides, other)})
     return plan
@@ -213,11 +221,17 @@ def _optimizer_bytes(settings: RunSettings, weight_bytes: int, notes: list[str])
     return found
 
 
-def _loading(load: Workload, needed: memory.Memory) -> tuple[float, float]:
+def _host_gib(load: Workload) -> float:
+    """Return what a step needs of the host's memory, in GiB."""
+    return _PROCESS_GIB + (load.shape.num_embedding * load.weight_bytes / GIB if load.embeddings_on_host else 0)
+
+
+def _loading(load: Workload, needed: memory.Memory, machine: Machine) -> tuple[float, float]:
     """Return the peaks of host and device memory while weights are read, in GiB."""
     weights = (needed.weights + needed.embeddings) / GIB
     largest = max(linear.num_in * linear.num_out for linear in load.shape.linears) * load.weight_bytes / GIB
-    return _PROCESS_GIB + min(_SHARD_GIB, load.shape.num_weights * load.weight_bytes / GIB), weights + 3 * largest
+    shard = _BUFFER_GIB if machine.is_unified else min(_SHARD_GIB, load.shape.num_weights * load.weight_bytes / GIB)
+    return _host_gib(load) + shard, weights + 3 * largest
 
 
 def _checkpoint_gib(load: Workload) -> float:

@@ -28,6 +28,7 @@ from nemo_automodel.components.training.config import (
     LossGuardConfig,
     NeftuneConfig,
     StepSchedulerConfig,
+    UnifiedMemoryConfig,
 )
 from nemo_automodel.recipes import section_rules as rules
 from nemo_automodel.recipes.dataset_rules import TOKENIZER_RUNTIME, check_dataset, check_token_budget, single_sets
@@ -86,6 +87,7 @@ class RunSettings:
     memory: MemoryConfig
     noise_alpha: float
     """Of NEFTune; 0: no noise."""
+    unified_memory: UnifiedMemoryConfig
     benchmark: BenchmarkConfig
     """Read by the benchmark recipe alone."""
     checkpoint: CheckpointingConfig
@@ -166,6 +168,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         loss_guard=build(LossGuardConfig, _section(config, "loss_guard"), "loss_guard"),
         memory=memory_settings(config, notices),
         noise_alpha=_noise_alpha(config),
+        unified_memory=build(UnifiedMemoryConfig, _section(config, "unified_memory"), "unified_memory"),
         benchmark=build(BenchmarkConfig, _section(config, "benchmark"), "benchmark"),
         checkpoint=checkpoint,
         checkpoint_dir_is_default=is_default,

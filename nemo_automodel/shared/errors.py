@@ -23,6 +23,15 @@ class NotSupportedYetError(UserError):
     """A key or recipe that is known but comes in a later version."""
 
 
+class LowMemoryStop(BaseException):
+    """The machine is about to swap. No ``Exception``: whoever handles those must not go on after this one.
+
+    It may be raised anywhere in the main thread, as Ctrl-C may. The message is one line, as a `UserError`'s.
+    """
+
+    exit_status = 3
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean `x`?"`` for the nearest known word, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

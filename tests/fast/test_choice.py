@@ -90,7 +90,7 @@ def test_what_only_fast_layers_keep_is_refused_elsewhere(caplog, keywords, messa
 
 
 def test_memory_that_is_shared_has_nowhere_to_go(monkeypatch):
-    shared = types.SimpleNamespace(is_integrated=True)
+    shared = types.SimpleNamespace(name="NVIDIA GB10", is_integrated=True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: shared)
     model = types.SimpleNamespace(device=torch.device("cuda:0"))
     with pytest.raises(UserError) as refused:

@@ -16,7 +16,7 @@ from support.packed import make_documents, pack
 from support.tape import TapeRecorder
 
 from nemo_automodel._transformers.forward import LabelledForward
-from nemo_automodel._transformers.layer_graphs import record_layers
+from nemo_automodel._transformers.layer_graphs import forget_recordings, record_layers, recorded_bytes
 from nemo_automodel.components.fast import graphs
 from nemo_automodel.components.fast.graphs import Graphs, LayerGraphs
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
@@ -185,6 +185,28 @@ def test_a_forward_pass_that_nobody_followed_is_forgotten():
         LabelledForward(one).loss(whole(1), MaskedCrossEntropy(), 20)  # recorded here, there but not back
     batches = [[whole(n)] for n in range(3)]
     assert train(model, batches) == train(plain, batches)
+
+
+def test_recordings_can_be_forgotten_and_made_again():
+    plain, recorder = CASES["all weights"][0](), TapeRecorder()
+    model = recorded(CASES["all weights"][0](), recorder)
+    for number in (0, 1):
+        batches = [[whole(10 * number + n)] for n in range(4)]
+        assert train(model, batches) == train(plain, batches)
+        assert recorded_bytes(model) == 1000 * (number + 1) * 2 * NUM_LAYERS
+        forget_recordings(model)
+    assert recorded_bytes(plain) == 0
+
+
+def test_another_policy_is_another_recording():
+    plain, recorder = CASES["adapters"][0](), TapeRecorder()
+    model = recorded(CASES["adapters"][0](), recorder)
+    for policy in ("none", "full"):
+        for layer in (*model.model.layers, *plain.model.layers):
+            layer.fast_core.recompute = policy
+        batches = [[whole(n)] for n in range(3)]
+        assert train(model, batches) == train(plain, batches)
+    assert recorder.num_recorded == 2 * 2 * NUM_LAYERS
 
 
 def test_asking_for_graphs_without_a_gpu_is_an_error():

@@ -86,6 +86,38 @@ def test_unified_memory_counts_the_process(recipe, capsys):
     assert any("scaled from a measured one" in note for note in found["notes"])
 
 
+def test_on_unified_memory_nothing_is_gained_by_moving_the_embedding_to_the_host(recipe, capsys):
+    path = recipe(peft=PEFT)
+    _, on_gpu = plan(capsys, path, "--gpu", "gb10")
+    _, on_host = plan(capsys, path, "--gpu", "gb10", "--model.embeddings_on_host", "true")
+    embedding_gib = 128256 * 4096 * 2 / 2**30
+    assert on_host["memory_gib"]["embeddings"] == pytest.approx(
+        on_gpu["memory_gib"]["embeddings"] - embedding_gib, abs=0.02
+    )
+    assert on_host["needed_gib"] == pytest.approx(on_gpu["needed_gib"], abs=0.02)
+    # the plan of a GPU with memory of its own does not count it
+    _, discrete = plan(capsys, path, "--model.embeddings_on_host", "true")
+    assert discrete["needed_gib"] == pytest.approx(on_host["needed_gib"] - embedding_gib - 4, abs=0.02)
+
+
+def test_on_unified_memory_nothing_is_gained_by_moving_activations_to_the_host(recipe, capsys):
+    path = recipe(peft=PEFT, step_scheduler__local_batch_size=1)
+    words = ("--seq-len", "65536", "--gpu", "gb10", "--distributed.activation_checkpointing")
+    _, recomputed = plan(capsys, path, *words, "full")
+    _, offloaded = plan(capsys, path, *words, "full_offload")
+    assert offloaded["needed_gib"] >= recomputed["needed_gib"]
+    assert offloaded["needed_gib"] == pytest.approx(sum(offloaded["memory_gib"].values()) + 16 + 4, abs=0.05)
+
+
+def test_on_unified_memory_loading_counts_on_both_sides(recipe, capsys):
+    quantization = {"load_in_4bit": True}
+    path = recipe(peft=PEFT, quantization=quantization, step_scheduler__local_batch_size=1)
+    _, found = plan(capsys, path, "--gpu", "gb10", "--seq-len", "16")
+    at_load = found["load_host_gib"] + found["load_device_gib"]
+    assert found["needed_gib"] == pytest.approx(max(at_load, sum(found["memory_gib"].values()) + 4), abs=0.05)
+    assert found["load_host_gib"] == pytest.approx(4 + 1 / 32, abs=0.01)
+
+
 def test_an_unknown_gpu_is_one_line(recipe, capsys):
     assert main(["plan", recipe(peft=PEFT), "--gpu", "h10"]) == 2
     assert "`--gpu h10` is not in the table. Did you mean `h100`?" in capsys.readouterr().err

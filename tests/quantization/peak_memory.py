@@ -1,7 +1,8 @@
-"""Load a model in 4 bits and print by how much the peak of the process's memory grew, in bytes.
+"""Load a model, in 4 bits or as it is, and print by how much the peak of the process's memory grew, in bytes.
 
 Linux keeps the peak of the resident memory and forgets it when asked. Run as a program: ``peak_memory.py DIRECTORY
-SMALL_DIRECTORY``. The small model is loaded first, so that libraries are; they need more memory than it does.
+SMALL_DIRECTORY [plain]``. The small model is loaded first, so that libraries are; they need more memory than it does.
+``plain`` leaves the weights as they are and sets a floor under the memory, which has them read in a stream.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from nemo_automodel.components._peft.lora import PeftConfig
 from nemo_automodel.components.quantization.config import QuantizationConfig
 
 
-def load(path: str):
+def load(path: str, is_plain: bool):
+    if is_plain:
+        peft = PeftConfig(target_modules=["q_proj"], dim=1)
+        return NeMoAutoModelForCausalLM.from_pretrained(
+            path, device="cpu", torch_dtype="bfloat16", peft_config=peft, memory_floor_gib=0.001
+        )
     return NeMoAutoModelForCausalLM.from_pretrained(
         path,
         device="cpu",
@@ -30,9 +36,10 @@ def status_bytes(key: str) -> int:
 
 
 if __name__ == "__main__":
-    load(sys.argv[2])
+    is_plain = sys.argv[3:] == ["plain"]
+    load(sys.argv[2], is_plain)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = status_bytes("VmRSS")
-    model = load(sys.argv[1])
+    model = load(sys.argv[1], is_plain)
     print(status_bytes("VmHWM") - before)

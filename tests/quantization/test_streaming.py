@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(4, 400, (2, 12), generator=torch.Generator().manual_seed(0))
 NF4 = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+PEFT = PeftConfig(target_modules=["q_proj"], dim=1)
 MIB = 2**20
 
 
@@ -50,32 +51,73 @@ def with_packed_numbers(path) -> transformers.PreTrainedModel:
     return model
 
 
-def peak_of_load(directory: Path, small: Path, **environment: str) -> int:
+def peak_of_load(directory: Path, small: Path, *words: str, **environment: str) -> int:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is given back at once: the peak is what is in use
-    command = [sys.executable, str(ROOT / "tests/quantization/peak_memory.py"), str(directory), str(small)]
+    command = [sys.executable, str(ROOT / "tests/quantization/peak_memory.py"), str(directory), str(small), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of the memory cannot be reset")
+needs_peak = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of the memory cannot be reset"
+)
+
+
+def save_shards(directory: Path, config: transformers.PretrainedConfig, state: dict[str, torch.Tensor]) -> list[int]:
+    """Write a model as a Hugging Face directory with a file a layer and one for the rest; return their sizes."""
+    directory.mkdir()
+    config.save_pretrained(directory)
+    weight_map: dict[str, str] = {}
+    for number in range(config.num_hidden_layers + 1):
+        part = f"layers.{number}." if number < config.num_hidden_layers else ""
+        names = [name for name in state if part in name and name not in weight_map]
+        weight_map |= dict.fromkeys(names, f"model-{number}.safetensors")
+        save_file({name: state[name] for name in names}, directory / f"model-{number}.safetensors", {"format": "pt"})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return [path.stat().st_size for path in directory.glob("*.safetensors")]
+
+
+@needs_peak
+def test_packed_files_need_no_memory_beside_the_model(tmp_path):
+    """Files of 66 MiB, packed with double quantisation, the largest of them 16 MiB, with a margin of 12 MiB."""
+    config = tiny_config("llama", hidden_size=2048, intermediate_size=3584, num_hidden_layers=4, head_dim=128)
+    config.num_attention_heads, config.num_key_value_heads = 16, 8
+    packed = NeMoAutoModelForCausalLM.from_config(config, device="cpu", quantization_config=NF4, peft_config=PEFT)
+    state = {name: value.clone() for name, value in packed.state_dict().items() if "lora_" not in name}
+    assert "model.layers.0.mlp.up_proj.weight.nested_absmax" in state
+    sizes = save_shards(tmp_path / "packed", config, state)
+    grown = peak_of_load(tmp_path / "packed", make_model_dir(tmp_path / "small", **SIZES))
+    margin = 12 * MIB
+    assert sum(sizes) > 5 * margin
+    assert grown < sum(sizes) + margin, f"{grown / MIB:.0f} MiB, files {sum(sizes) / MIB:.0f}"
+
+
+@needs_peak
+def test_plain_weights_need_no_memory_beside_the_model(tmp_path):
+    """Files of 100 MiB in bf16, the largest of them 24 MiB, with a margin of 15 MiB."""
+    config = tiny_config("llama", hidden_size=1536, intermediate_size=3584, num_hidden_layers=4, head_dim=128)
+    with torch.device("meta"):
+        meta = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+    state = {name: torch.empty(t.shape, dtype=torch.bfloat16).uniform_(-1, 1) for name, t in meta.items()}
+    sizes = save_shards(tmp_path / "plain", config, state)
+    grown = peak_of_load(tmp_path / "plain", make_model_dir(tmp_path / "small", **SIZES), "plain")
+    margin = 15 * MIB
+    assert sum(sizes) > 5 * margin
+    assert max(sizes) > margin
+    assert grown < sum(sizes) + margin, f"{grown / MIB:.0f} MiB, files {sum(sizes) / MIB:.0f}"
+
+
+@needs_peak
 def test_memory_stays_at_the_packed_model_and_a_margin(tmp_path):
     """A file of 112 MiB, in fp32, becomes a model of 17 MiB; the largest tensor has 7 MiB, the margin is 20 MiB."""
     config = tiny_config("llama", hidden_size=1024, intermediate_size=1792, num_hidden_layers=4, head_dim=128)
     with torch.device("meta"):
         meta = transformers.AutoModelForCausalLM.from_config(config).state_dict()
     directory = tmp_path / "large"
-    directory.mkdir()
-    config.save_pretrained(directory)
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(("layers.0", "layers.1", "layers.2", "layers.3", "")):
-        names = [name for name in meta if part in name and name not in weight_map]
-        weight_map |= dict.fromkeys(names, f"model-{number}.safetensors")
-        tensors = {name: torch.empty(meta[name].shape).uniform_(-1, 1) for name in names}
-        save_file(tensors, directory / f"model-{number}.safetensors", {"format": "pt"})
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    file_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    state = {name: torch.empty(t.shape).uniform_(-1, 1) for name, t in meta.items()}
+    file_bytes = sum(save_shards(directory, config, state))
     packed_bytes = sum(t.numel() * (0.516 if t.ndim == 2 and "layers" in name else 4) for name, t in meta.items())
     grown = peak_of_load(directory, make_model_dir(tmp_path / "small", **SIZES))
     margin = 20 * MIB
@@ -83,7 +125,7 @@ def test_memory_stays_at_the_packed_model_and_a_margin(tmp_path):
     assert grown < packed_bytes + margin, f"{grown / MIB:.0f} MiB, packed {packed_bytes / MIB:.0f}"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_reads_what_transformers_reads(tmp_path, family, is_tied):
     path = make_model_dir(tmp_path / family, family, **SIZES, tie_word_embeddings=is_tied)

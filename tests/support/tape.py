@@ -41,6 +41,9 @@ class TapeRecorder:
     def has_room(self) -> bool:
         return self.room
 
+    def held_bytes(self) -> int:
+        return 1000 * self.num_recorded
+
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         self.num_recorded += 1
         with _Tape() as tape:

@@ -44,6 +44,7 @@ LEFT_OUT = {
     "k8s": "where it is started",
     "loss_guard": "what happens to sick steps; a run that stopped at one may go on without it",
     "memory": "how it is made to fit; the updates are the same",
+    "unified_memory": "when it is stopped for the machine's sake",
     "data_check": "what is looked at before it starts",
     "recipe": "the command line needs it, the example scripts do not",
     "ci": "never read",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.errors import LowMemoryStop, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -33,7 +33,8 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
     """Call ``function`` and return the exit status of the process.
 
     A ``UserError``, a full disk, a missing permission or a full GPU prints ``error: …`` on one line of stderr and gives
-    2; Ctrl-C gives 130; anything else is a defect and keeps its traceback.
+    2; a run stopped before the machine swaps gives 3; Ctrl-C gives 130; anything else is a defect and keeps its
+    traceback.
 
     Args:
         function: what to run; its result, if a whole number, is the status.
@@ -45,6 +46,9 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
+    except LowMemoryStop as stop:
+        _report(str(stop))
+        return stop.exit_status
     except UserError as error:
         if shows_traceback:
             raise

@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_automodel.shared.memory import GIB as GIB
+from nemo_automodel.shared.memory import gib as gib
+
 OK, NOTE, WARNING, PROBLEM = "ok", "note", "warning", "problem"
 STATUSES = (PROBLEM, WARNING, NOTE, OK)
 """From bad to good: a problem stops training, a warning costs time or fails later, a note is worth knowing."""
 
-GIB = 2**30
 _HIDDEN = "(hidden)"
 _SHORTEST_SECRET = 8
 """A shorter value is a word like `true`, which may stand anywhere."""
@@ -109,11 +111,6 @@ def hide(finding: Finding, secrets: Iterable[str]) -> Finding:
 def switch_is_on(value: str | None) -> bool:
     """Tell whether the Hugging Face libraries take the value of an environment variable for "on"."""
     return (value or "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def gib(num_bytes: float) -> str:
-    """Return an amount of memory to read."""
-    return f"{num_bytes / GIB:.1f} GiB"
 
 
 def python_command() -> str:

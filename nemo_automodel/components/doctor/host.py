@@ -31,6 +31,7 @@ from nemo_automodel.components.doctor.findings import (
     python_command,
 )
 from nemo_automodel.shared.cache import cache_directory
+from nemo_automodel.shared.memory import FLUSH, Memory, read_memory
 
 OLDEST_PYTHON = (3, 10)
 ARCHITECTURES = ("x86_64", "aarch64")
@@ -39,8 +40,6 @@ PLAYBOOK_MEMORY = 32 * 10**9
 LEAST_AVAILABLE = 2 * GIB
 LEAST_SHM = GIB
 LEAST_OPEN_FILES = 1024
-FLUSH = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'"
-"""The playbook's line for machines whose GPU shares the host's memory."""
 
 _HARMFUL = {
     "TRITON_INTERPRET": "Triton kernels are interpreted: thousands of times slower, and products in bf16 are wrong.",
@@ -135,47 +134,6 @@ def judge_switches(env: Mapping[str, str]) -> Finding:
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The memory this process may use, in bytes."""
-
-    total: int
-    available: int
-    free: int
-    """Without what the kernel would give back on demand."""
-    cached: int
-    """File contents that the kernel keeps."""
-    is_limited: bool = False
-    """A control group allows less than the machine has."""
-
-
-_CGROUP_FILES = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-)
-"""Limit, use, details and the key of what the kernel would give back; version 2, then version 1."""
-
-
-def read_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Memory:
-    """Read the machine's memory and the limit of this process's control group (version 2 or 1)."""
-    fields = {}
-    for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
-        name, _, rest = line.partition(":")
-        fields[name] = int(rest.split()[0]) * 1024
-    total, available = fields["MemTotal"], fields["MemAvailable"]
-    free, cached = fields["MemFree"], fields.get("Cached", 0) + fields.get("Buffers", 0)
-    for limit_file, used_file, stat_file, inactive in _CGROUP_FILES:
-        if not (cgroup / limit_file).is_file():
-            continue
-        limit = (cgroup / limit_file).read_text(encoding="ascii").strip()
-        if limit != "max" and int(limit) < total:
-            stat = dict(line.split() for line in (cgroup / stat_file).read_text(encoding="ascii").splitlines())
-            # cached files that nobody has used for a while are given back before anything fails
-            used = int((cgroup / used_file).read_text(encoding="ascii")) - int(stat.get(inactive, 0))
-            return Memory(int(limit), min(available, max(0, int(limit) - used)), free, cached, is_limited=True)
-    return Memory(total, available, free, cached)
 
 
 def judge_memory(memory: Memory) -> Finding:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -44,6 +45,9 @@ class Recorder(Protocol):
 
     def has_room(self) -> bool:
         """Tell whether there is memory for activations in the recordings and, beside them, for passes without."""
+
+    def held_bytes(self) -> int:
+        """Return how much memory is kept for the recordings besides what counts as allocated."""
 
     def record(self, work: Run) -> Run:
         """Return what does the work, the first time too: while it is recorded, results need not be there."""
@@ -72,9 +76,21 @@ class CudaRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what went wrong is more than that nothing was recorded
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        self._held_bytes = None
         return graph.replay
+
+    def held_bytes(self) -> int:
+        """Return the memory of all recordings that counts as free between them."""
+        if self._held_bytes is None:
+            segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+            ours = [segment for segment in segments if tuple(segment["segment_pool_id"]) == tuple(self._pool)]
+            self._held_bytes = sum(segment["total_size"] - segment["allocated_size"] for segment in ours)
+        return self._held_bytes
 
 
 class GraphAttention(Protocol):
@@ -94,6 +110,7 @@ class Kind:
     num_rows: int
     seq_len: int
     dtype: torch.dtype
+    recompute: str
     attention: Hashable
     tensors: tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -174,37 +191,42 @@ def _read_by(call: _Call) -> tuple[torch.Tensor, ...]:
     return (call.cos, call.sin, *attention.tensors)
 
 
-def kind_of(x_TD: torch.Tensor, call: _Call) -> Kind | None:
+def kind_of(x_TD: torch.Tensor, core: DecoderCore, call: _Call) -> Kind | None:
     """Return the kind of a pass; None if its attention cannot be recorded."""
     attention: Any = call.attention
     if not hasattr(attention, "over"):
         return None
     tensors = tuple((tensor.shape, tensor.dtype) for tensor in _read_by(call))
-    return Kind(call.num_rows, call.seq_len, x_TD.dtype, attention.key, tensors)
+    return Kind(call.num_rows, call.seq_len, x_TD.dtype, core.recompute, attention.key, tensors)
 
 
 class LayerGraphs:
     """The recordings of one layer."""
 
     def __init__(self, graphs: Graphs) -> None:
-        self._graphs = graphs
+        self.graphs = graphs
         self._seen: dict[Kind, int] = {}
         self._recordings: dict[Kind, _Recording] = {}
         self._grads = _Grads()
 
+    def forget(self) -> None:
+        """Let go of all recordings and of the memory of gradients; what is recorded later starts anew."""
+        self._seen, self._recordings, self._grads = {}, {}, _Grads()
+        self.graphs.shared.clear()
+
     def forward(self, x_TD: torch.Tensor, core: DecoderCore, call: _Call, drops: bool) -> torch.Tensor | None:
         """Return the layer's output ``[T, D]``, None where this pass is not to be replayed: compute it as ever."""
-        kind = kind_of(x_TD, call) if _may_record(core) else None
+        kind = kind_of(x_TD, core, call) if _may_record(core) else None
         if kind is None:
             return None
         core.prepare()
         recording = self._recordings.get(kind)
         if recording is None:
             seen = self._seen[kind] = self._seen.get(kind, 0) + 1
-            shared = self._graphs.share(kind, call, x_TD) if seen > _SEEN_BEFORE else None
+            shared = self.graphs.share(kind, call, x_TD) if seen > _SEEN_BEFORE else None
             if shared is None:
                 return None
-            recording = self._recordings[kind] = _Recording(self._graphs, shared, core, call, drops, self._grads)
+            recording = self._recordings[kind] = _Recording(self.graphs, shared, core, call, drops, self._grads)
         if not recording.fits(x_TD, core, drops):
             return None
         weights = core.parameters()

@@ -146,6 +146,22 @@ class NeftuneConfig:
 
 
 @dataclass(frozen=True)
+class UnifiedMemoryConfig:
+    """The ``unified_memory:`` section: how much memory of the host is left alone."""
+
+    floor_gib: float | None = None
+    """The run is stopped when less is available. ``null``: 4 GiB, at most a twentieth of the memory, where GPU and host
+    share it, and no floor elsewhere; 0: no floor anywhere."""
+
+    def __post_init__(self) -> None:
+        if self.floor_gib is not None and self.floor_gib < 0:
+            raise ConfigError(
+                f"`unified_memory.floor_gib` is {self.floor_gib:g}, but memory is not negative. Use 4, or 0 for no "
+                "floor."
+            )
+
+
+@dataclass(frozen=True)
 class BenchmarkConfig:
     """The ``benchmark:`` section: which steps are timed, and where the result goes."""
 

@@ -52,6 +52,7 @@ class TrainFinetuneRecipeForNextTokenPrediction(BaseRecipe):
         if target.__module__ == auto_model.__name__:
             wishes["autocast_dtype"] = self.settings.distributed.autocast_dtype
             wishes["kernel_record"] = self.kernel_record
+            wishes["memory_floor_gib"] = self.settings.unified_memory.floor_gib
             row_len = self.settings.packed_sequence.packed_sequence_size
             if row_len and self.settings.step_scheduler.local_batch_tokens is None:
                 wishes["row_shape"] = (self.settings.step_scheduler.local_batch_size, row_len)
