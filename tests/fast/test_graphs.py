@@ -18,7 +18,7 @@ from support.tape import TapeRecorder
 from nemo_automodel._transformers.forward import LabelledForward
 from nemo_automodel._transformers.layer_graphs import forget_recordings, record_layers, recorded_bytes
 from nemo_automodel.components.fast import graphs
-from nemo_automodel.components.fast.graphs import Graphs, LayerGraphs
+from nemo_automodel.components.fast.graphs import CudaRecorder, Graphs, LayerGraphs
 from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from nemo_automodel.shared.errors import UserError
 
@@ -207,6 +207,18 @@ def test_another_policy_is_another_recording():
         batches = [[whole(n)] for n in range(3)]
         assert train(model, batches) == train(plain, batches)
     assert recorder.num_recorded == 2 * 2 * NUM_LAYERS
+
+
+def test_memory_between_recordings_is_what_their_pool_has_free(monkeypatch):
+    segments = [
+        {"segment_pool_id": (0, 7), "total_size": 100, "allocated_size": 30},
+        {"segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 10},
+        {"segment_pool_id": (0, 7), "total_size": 50, "allocated_size": 50},
+    ]
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert CudaRecorder().held_bytes() == 70
 
 
 def test_asking_for_graphs_without_a_gpu_is_an_error():

@@ -59,6 +59,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._held_bytes: int | None = None
 
     def has_room(self) -> bool:
         """Tell whether twice the activations of passes so far fit."""
