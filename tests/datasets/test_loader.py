@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -323,3 +325,27 @@ def test_bad_settings(options: dict, message: str):
 def test_samplers_come_later():
     with pytest.raises(NotSupportedYetError, match=r"`dataloader.sampler` is not supported yet"):
         DataloaderConfig(sampler="x")
+
+
+LEFT_BEHIND = """
+import gc
+from nemo_automodel.components.datasets.config import DataloaderConfig
+from nemo_automodel.components.datasets.loader import build_dataloader
+
+cfg = DataloaderConfig(num_workers=1)
+loader = build_dataloader(range(64), cfg, local_batch_size=4, collate_fn=list, seed=5, is_training=True)
+batches = iter(loader)
+next(batches)
+kept = loader._iterator  # as a cycle that is not collected yet keeps it
+batches.close()
+loader._iterator = loader.watch = None
+del batches, loader
+gc.collect()
+print("ends", flush=True)
+"""
+
+
+def test_a_worker_that_nobody_stopped_does_not_keep_the_program_from_ending():
+    """Workers ignore SIGTERM, with which Python ends what is left before it waits for it, for ever."""
+    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.returncode) == ("ends\n", 0), done.stderr

@@ -14,6 +14,7 @@ from nemo_automodel.components.plan.machines import GIB, MACHINES
 from nemo_automodel.recipes.plan import plan_run
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "plan_runs_h100.json"
+PART = RECORD.with_name("plan_runs_part_h100.json")
 H100 = MACHINES["h100"]
 
 
@@ -74,6 +75,13 @@ def test_runs_are_judged_by_the_plan_of_today():
     assert found.memory["good"] == pytest.approx(0.04)
     assert found.rate["good"] == pytest.approx(0.1)
     assert found.false_fits == ["above the card", "dead"]
+
+
+def test_the_kept_runs_of_fused_adapters():
+    found = judge(json.loads(PART.read_text())["runs"])
+    assert found.false_fits == []
+    assert len(found.memory) == 4
+    assert max(map(abs, found.memory.values())) <= 0.05, found.memory
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no such record was kept")

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Protocol
@@ -57,7 +57,7 @@ class WorkerWatch:
     def __init__(self, workers: Sequence[BaseProcess], timeout_s: float) -> None:
         self.workers, self.timeout_s = list(workers), timeout_s
         self.has_killed = False
-        _watches.add(self)
+        _workers[:] = [worker for worker in _workers if worker.is_alive()] + self.workers
         self._since: float | None = None
         self._is_over = threading.Event()
         if self.workers and timeout_s > 0:
@@ -95,14 +95,15 @@ class WorkerWatch:
                 return
 
 
-_watches: weakref.WeakSet[WorkerWatch] = weakref.WeakSet()
+_workers: list[BaseProcess] = []
+"""All that may be alive, held here: a loader that nobody refers to may have left some in what is not collected yet."""
 
 
 @atexit.register
 def _kill_all() -> None:
     """End what is left at the end of the program, which would wait for processes that hang and ignore SIGTERM."""
-    for watch in list(_watches):
-        watch.kill()
+    ours = multiprocessing.active_children()  # in a forked process none of its parent's
+    WorkerWatch([worker for worker in _workers if worker in ours], 0).kill()
 
 
 class WorkedLoader(Protocol):
