@@ -31,8 +31,9 @@ def require(package: str, purpose: str) -> ModuleType:
     Raises:
         UserError: the package is not installed; the message holds the exact pip line.
     """
-    if not is_available(package.partition(".")[0]):
-        extra = _EXTRAS.get(package.partition(".")[0])
-        what = f"'nemo-automodel[{extra}]'" if extra else package
-        raise UserError(f"{purpose} needs the package `{package}`, which is not installed. Run: pip install {what}")
+    name = package.partition(".")[0]
+    if not is_available(name):
+        extra = _EXTRAS.get(name)
+        what = f"'nemo-automodel[{extra}]'" if extra else name
+        raise UserError(f"{purpose} needs the package `{name}`, which is not installed. Run: pip install {what}")
     return importlib.import_module(package)
