@@ -143,7 +143,6 @@ OVERRIDES: list[tuple[str, list[str]]] = [
     ("--wandb.name ${bad name}", ["is not a placeholder"]),
     # later
     ("--distributed.tp_size 2", ["`distributed.tp_size` is 2", "not supported yet"]),
-    ("--fp8.enabled true", ["`fp8.enabled: true` is not supported yet"]),
     ("--recipe FinetuneRecipeForVLM", ["FinetuneRecipeForVLM", "not supported yet"]),
     ("--kd_ratio 0.5", ["`kd_ratio`", "not supported yet"]),
     ("--checkpoint.v4_compatible true", ["`checkpoint.v4_compatible", "not supported yet"]),

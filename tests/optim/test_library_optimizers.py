@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from checkpoint.tiny_run import Run, assert_same
@@ -20,6 +22,13 @@ ON_CPU = {
     "torchao.optim.AdamW4bit": ("torchao", {}),
     "flash_adamw": ("flashoptim", {"quantize": False, "master_weight_bits": None, "fused": False}),
 }
+
+
+@pytest.fixture(autouse=True)
+def distutils_of_setuptools(monkeypatch):
+    """torchao compiles its step, which refuses Python's own distutils where some test before has imported them."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "distutils"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def target_of(name: str):

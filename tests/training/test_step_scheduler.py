@@ -216,6 +216,15 @@ def test_a_signal_after_the_poll_counts_for_the_next_step():
     assert seen == [(0, False), (1, False), (2, True)]
 
 
+@pytest.fixture
+def pythons_own_ctrl_c():
+    """Somebody before may have left another handler, which a loop puts back as it found it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_own_ctrl_c")
 def test_a_second_ctrl_c_stops_at_once():
     config = StepSchedulerConfig(global_batch_size=1, num_epochs=1, preemption_signal="SIGINT")
     scheduler = StepScheduler(config, SizedLoader(10))

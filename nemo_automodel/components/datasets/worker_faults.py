@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -57,7 +57,7 @@ class WorkerWatch:
     def __init__(self, workers: Sequence[BaseProcess], timeout_s: float) -> None:
         self.workers, self.timeout_s = list(workers), timeout_s
         self.has_killed = False
-        _workers[:] = [worker for worker in _workers if worker.is_alive()] + self.workers
+        _workers[:] = [worker for worker in _workers if _is_ours(worker)] + self.workers
         self._since: float | None = None
         self._is_over = threading.Event()
         if self.workers and timeout_s > 0:
@@ -102,8 +102,13 @@ _workers: list[BaseProcess] = []
 @atexit.register
 def _kill_all() -> None:
     """End what is left at the end of the program, which would wait for processes that hang and ignore SIGTERM."""
-    ours = multiprocessing.active_children()  # in a forked process none of its parent's
-    WorkerWatch([worker for worker in _workers if worker in ours], 0).kill()
+    WorkerWatch([worker for worker in _workers if _is_ours(worker)], 0).kill()
+
+
+def _is_ours(worker: BaseProcess) -> bool:
+    """Tell whether a worker lives and is this process's own: one that was forked from it knows its workers too."""
+    parent: int = worker._parent_pid  # type: ignore[attr-defined]
+    return parent == os.getpid() and worker.is_alive()
 
 
 class WorkedLoader(Protocol):
