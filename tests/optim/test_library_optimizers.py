@@ -25,10 +25,11 @@ ON_CPU = {
 
 
 @pytest.fixture(autouse=True)
-def distutils_of_setuptools(monkeypatch):
-    """torchao compiles its step, which refuses Python's own distutils where some test before has imported them."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "distutils"]:
-        monkeypatch.delitem(sys.modules, name)
+def any_distutils_will_do(monkeypatch):
+    """torchao compiles its step, which imports setuptools; that insists on being there before Python's own distutils,
+    and in a process of many tests it may not be."""
+    if sys.version_info < (3, 12):
+        monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 
 
 def target_of(name: str):
