@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -94,6 +94,7 @@ class CudaRecorder:
         return self._held_bytes
 
 
+@runtime_checkable
 class GraphAttention(Protocol):
     """Attention that may be recorded: it says which tensors it reads and computes on others like them as well."""
 
@@ -194,8 +195,8 @@ def _read_by(call: _Call) -> tuple[torch.Tensor, ...]:
 
 def kind_of(x_TD: torch.Tensor, core: DecoderCore, call: _Call) -> Kind | None:
     """Return the kind of a pass; None if its attention cannot be recorded."""
-    attention: Any = call.attention
-    if not hasattr(attention, "over"):
+    attention = call.attention
+    if not isinstance(attention, GraphAttention):
         return None
     tensors = tuple((tensor.shape, tensor.dtype) for tensor in _read_by(call))
     return Kind(call.num_rows, call.seq_len, x_TD.dtype, core.recompute, attention.key, tensors)
