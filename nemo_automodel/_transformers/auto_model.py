@@ -20,6 +20,7 @@ from nemo_automodel._transformers.kernel_choice import KernelRequest
 from nemo_automodel._transformers.model_source import (
     check_local_model,
     load_config,
+    one_config,
     read_config,
     resolve_source,
 )
@@ -118,18 +119,25 @@ class _NeMoAutoModel:
 
     @classmethod
     def from_config(
-        cls, config: str | dict[str, Any] | PretrainedConfig, *, load_base_model: bool = False, **options: Any
+        cls,
+        config: str | dict[str, Any] | PretrainedConfig | None = None,
+        *,
+        pretrained_model_name_or_path: str | None = None,
+        load_base_model: bool = False,
+        **options: Any,
     ) -> PreTrainedModel:
         """Build a model from a configuration with random weights, made on the device.
 
         ``config`` is an object, a directory, a config.json, a Hub name, or what a config.json holds: a mapping with
-        ``model_type``. ``load_base_model`` loads the weights as well. ``options`` are those of `from_pretrained`.
+        ``model_type``; ``pretrained_model_name_or_path`` is another word for it, so that a recipe for
+        `from_pretrained` runs without weights when only its target is exchanged. ``load_base_model`` loads the weights
+        as well. ``options`` are those of `from_pretrained`.
 
         Raises:
-            UserError: as `from_pretrained`.
+            UserError: as `from_pretrained`, or not one configuration is given.
         """
         parsed = ModelOptions.from_keywords(options)
-        config = read_config(config)
+        config = read_config(one_config(config, pretrained_model_name_or_path))
         if isinstance(config, str):
             name = resolve_source(config)
             return cls._assemble(name, None, parsed, has_random_weights=not load_base_model)

@@ -155,6 +155,23 @@ def load_config(name: str, trust_remote_code: bool, hub: dict[str, Any], overrid
     return config
 
 
+def one_config(
+    config: str | dict[str, Any] | PretrainedConfig | None, name: str | None
+) -> str | dict[str, Any] | PretrainedConfig:
+    """Return the one of both that is given.
+
+    Raises:
+        UserError: both are, or neither.
+    """
+    given = [value for value in (config, name) if value is not None]
+    if len(given) != 1:
+        raise UserError(
+            f"`from_config` takes `config` or `pretrained_model_name_or_path`, and {'both' if given else 'neither'} "
+            "is given. Leave one: a directory with config.json, a Hub name, or what a config.json holds."
+        )
+    return given[0]
+
+
 def read_config(config: str | dict[str, Any] | PretrainedConfig) -> str | PretrainedConfig:
     """Turn a config.json, or a mapping of what one holds, into a configuration; names and objects stay as they are.
 

@@ -31,7 +31,7 @@ from nemo_automodel._transformers.assemble import freeze, recompute_activations
 from nemo_automodel._transformers.fast_layers import FastRequest, dropout_of, why_plain, would_fuse_adapters
 from nemo_automodel._transformers.fast_linears import fuse_adapters
 from nemo_automodel._transformers.frozen_head import is_one_matrix
-from nemo_automodel._transformers.model_source import load_config, read_config, resolve_source
+from nemo_automodel._transformers.model_source import load_config, one_config, read_config, resolve_source
 from nemo_automodel._transformers.options import ModelOptions, resolve_dtype
 from nemo_automodel.components._peft.lora import LinearLoRA, apply_lora
 from nemo_automodel.components.fast.linear import FusedLinear
@@ -68,7 +68,10 @@ def from_pretrained(pretrained_model_name_or_path: str, **keywords: Any) -> Outl
 
 
 def from_config(
-    config: str | dict[str, Any] | PretrainedConfig, load_base_model: bool = False, **keywords: Any
+    config: str | dict[str, Any] | PretrainedConfig | None = None,
+    pretrained_model_name_or_path: str | None = None,
+    load_base_model: bool = False,
+    **keywords: Any,
 ) -> Outline:
     """Return the outline of what `NeMoAutoModelForCausalLM.from_config` would build.
 
@@ -77,7 +80,7 @@ def from_config(
     """
     options = ModelOptions.from_keywords(keywords)
     hub = options.take_hub_keywords()
-    config = read_config(config)
+    config = read_config(one_config(config, pretrained_model_name_or_path))
     if isinstance(config, str):
         name = resolve_source(config)
         config = load_config(name, options.trust_remote_code, hub, options.overrides)
