@@ -1,6 +1,6 @@
 """Run the playbook's three commands on models of the true sizes, with random weights and no weight files.
 
-    python benchmarks/playbook_shapes.py --tokenizer-from DIR [--data DIR] [--seconds 80] [--out results.json]
+    python benchmarks/playbook_shapes.py --tokenizer-from DIR [--data DIR] [--seconds 60] [--out results.json]
 
 Llama-3.1-8B with LoRA, Llama-3-70B with QLoRA and Qwen3-8B with all weights, packed at 1024, by the printed commands.
 Each model is a directory with the published config.json and the tokenizer of ``DIR``, which may be any whose ids lie
@@ -14,7 +14,8 @@ the published shape and every ``lora_B`` away from zero; fine-tuned weights must
 name, shape and dtype. Checkpoints go when they are checked. That of Qwen3-8B is 46 GiB, 15 of weights and 31 of Adam's
 state: where the disk has less, ``--workplace`` may name a directory in memory (``/dev/shm``).
 
-The record holds what was run, what it did and what the planner had said. `--small` takes tiny models of the same
+The record holds what was run, what it did and what the planner had said; the logs lie beside it. A command that
+fails is noted and the next one runs; the exit status is 1 then. `--small` takes tiny models of the same
 families, with steps of two micro-batches, for a machine without a GPU.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -120,6 +122,10 @@ SMALL |= {"num_key_value_heads": 2, "head_dim": 16}
 MODEL_KEY = "model.pretrained_model_name_or_path"
 
 
+class Failure(Exception):
+    """A command did not do what it must."""
+
+
 def write_model(name: str, workplace: Path, args: argparse.Namespace) -> Path:
     """Write the directory of a model without weights and return it."""
     from transformers import AutoTokenizer
@@ -158,22 +164,27 @@ def words_of(name: str, model: Path, data: Path, args: argparse.Namespace) -> li
 def plan(words: list[str], workplace: Path) -> dict[str, Any]:
     """Return what `automodel plan` says of the command."""
     program = [sys.executable, "-m", "nemo_automodel.cli.app", "plan", *words[1:], "--gpu", "h100", "--json"]
-    done = subprocess.run(program, cwd=workplace, text=True, capture_output=True)
+    done = subprocess.run(program, cwd=workplace, env=environment(workplace), text=True, capture_output=True)
     if not done.stdout.startswith("{"):
-        raise SystemExit(f"automodel plan: {done.stderr[-2000:]}")
+        raise Failure(f"automodel plan: {done.stderr[-2000:]}")
     found = json.loads(done.stdout)
     keys = ("fits", "needed_gib", "usable_gib", "memory_gib", "load_host_gib", "load_device_gib", "tokens_per_s")
     return {key: found[key] for key in (*keys, "step_s", "checkpoint_gib", "weights", "trainable_weights", "notes")}
 
 
+def environment(workplace: Path) -> dict[str, str]:
+    """Return the environment in which the copy of the package is the one that is imported."""
+    path = os.pathsep.join(filter(None, [str(workplace), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
 def follow(words: list[str], workplace: Path, log: Path) -> tuple[int, list[tuple[float, str]]]:
     """Run the script and return its exit status and its lines with the seconds at which they came."""
     start, lines = time.perf_counter(), []
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [sys.executable, SCRIPT, *words],
         cwd=workplace,
-        env=environment,
+        env=environment(workplace),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -191,25 +202,31 @@ def run(name: str, workplace: Path, data: Path, args: argparse.Namespace) -> dic
     model = write_model(name, workplace, args)
     words = words_of(name, model, data, args)
     planned = plan(words, workplace)
+    if args.plan_only:
+        return {"command": f"{SCRIPT} {' '.join(words)}", "planned": planned}
     steps = max(LEAST_STEPS, min(args.steps, int(args.seconds / planned["step_s"])))
     words += ["--step_scheduler.max_steps", str(steps)]
     print(f"\n=== {name}: {SCRIPT} {' '.join(words)}\nplanned: {json.dumps(planned)}", flush=True)
     free_gib = shutil.disk_usage(workplace).free / GIB
     if free_gib < planned["checkpoint_gib"]:
-        raise SystemExit(f"A checkpoint takes {planned['checkpoint_gib']} GiB, {free_gib:.1f} are free in {workplace}.")
-    status, lines = follow(words, workplace, workplace / f"{name}.log")
+        raise Failure(f"A checkpoint takes {planned['checkpoint_gib']} GiB, {free_gib:.1f} are free in {workplace}.")
+    status, lines = follow(words, workplace, (args.out.parent if args.out else workplace) / f"{name}.log")
     shown = [f"{seconds:8.2f} {line}" for seconds, line in lines]
     print("\n".join(shown[-40:] if status else [line for line in shown if " step " in line][-3:]), flush=True)
     if status:
-        raise SystemExit(f"{name} ended with exit status {status}")
+        raise Failure(f"{name} ended with exit status {status}")
     latest = workplace / "checkpoints" / "LATEST"
     missing = LISTING - {entry.name for entry in latest.iterdir()}
     if missing:
-        raise SystemExit(f"{name}: checkpoints/LATEST lacks {sorted(missing)}")
-    checked = check_weights(latest / "model") if name == "SFT" else check_adapter(latest / "model", name, model)
-    record = measured(latest, lines) | {"checked": checked}
-    shutil.rmtree(workplace / "checkpoints")
-    return {"command": f"{SCRIPT} {' '.join(words)}", "planned": planned, "measured": record}
+        raise Failure(f"{name}: checkpoints/LATEST lacks {sorted(missing)}")
+    found = measured(latest, lines)
+    print(json.dumps(found), flush=True)
+    found["rate_error"] = planned["tokens_per_s"] / found["tokens_per_s"] - 1
+    if found["peak_gib"]:
+        found["memory_error"] = planned["needed_gib"] / found["peak_gib"] - 1
+    saved = latest / "model"
+    found["checked"] = check_weights(saved) if name == "SFT" else check_adapter(saved, name, model)
+    return {"command": f"{SCRIPT} {' '.join(words)}", "planned": planned, "measured": found}
 
 
 def measured(latest: Path, lines: list[tuple[float, str]]) -> dict[str, Any]:
@@ -221,7 +238,8 @@ def measured(latest: Path, lines: list[tuple[float, str]]) -> dict[str, Any]:
     steady = train[WARMUP_STEPS:]
     return {
         "wall_s": round(lines[-1][0], 1),
-        "first_step_after_s": first_time(lines, "step 0 "),
+        "build_s": round(first_time(lines, "Model summary") - first_time(lines, "Data check,"), 1),
+        "first_step_after_s": first_time(lines, "| step 0 |"),
         "save_s": round(lines[saved[-1] + 1][0] - lines[saved[-1]][0], 1),
         "steps": len(train),
         "losses": [train[0]["loss"], train[-1]["loss"]],
@@ -234,8 +252,8 @@ def measured(latest: Path, lines: list[tuple[float, str]]) -> dict[str, Any]:
     }
 
 
-def first_time(lines: list[tuple[float, str]], words: str) -> float | None:
-    return next((round(seconds, 1) for seconds, line in lines if words in line), None)
+def first_time(lines: list[tuple[float, str]], words: str) -> float:
+    return next((round(seconds, 1) for seconds, line in lines if words in line), math.nan)
 
 
 def check_adapter(saved: Path, name: str, base: Path) -> str:
@@ -246,16 +264,16 @@ def check_adapter(saved: Path, name: str, base: Path) -> str:
     peft = PeftConfig.from_pretrained(saved)
     rank = yaml.safe_load((REPOSITORY / COMMANDS[name][1]).read_text())["peft"]["dim"]
     if (peft.r, Path(peft.base_model_name_or_path)) != (rank, base):
-        raise SystemExit(f"{saved}: rank {peft.r} on {peft.base_model_name_or_path}, not {rank} on {base}")
+        raise Failure(f"{saved}: rank {peft.r} on {peft.base_model_name_or_path}, not {rank} on {base}")
     weights = load_peft_weights(str(saved), device="cpu")
     found = {key: tuple(value.shape) for key, value in weights.items()}
     wanted = adapter_shapes(json.loads((base / "config.json").read_text()), rank)
     if found != wanted:
         odd = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        raise SystemExit(f"{saved}: {len(odd)} tensors differ, the first is {odd[0]}: {found.get(odd[0])}")
+        raise Failure(f"{saved}: {len(odd)} tensors differ, the first is {odd[0]}: {found.get(odd[0])}")
     still = [key for key, value in weights.items() if "lora_B" in key and not value.float().norm() > 0]
     if still:
-        raise SystemExit(f"{saved}: {len(still)} of lora_B did not move from zero, the first is {still[0]}")
+        raise Failure(f"{saved}: {len(still)} of lora_B did not move from zero, the first is {still[0]}")
     return f"PEFT reads {len(found)} tensors of the right names and shapes, rank {rank}; every lora_B moved"
 
 
@@ -295,19 +313,19 @@ def check_weights(saved: Path) -> str:
                 dtypes.add(piece.get_dtype())
     odd = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if odd:
-        raise SystemExit(f"{saved}: {len(odd)} tensors differ, the first is {odd[0]}: {found.get(odd[0])}")
+        raise Failure(f"{saved}: {len(odd)} tensors differ, the first is {odd[0]}: {found.get(odd[0])}")
     index = saved / "model.safetensors.index.json"
     if len(files) > 1 and json.loads(index.read_text())["weight_map"] != held_by:
-        raise SystemExit(f"{index} does not say where every tensor is")
+        raise Failure(f"{index} does not say where every tensor is")
     kinds = ", ".join(sorted(dtypes))
     return f"{len(found)} tensors ({kinds}) in {len(files)} files, all names and shapes as {config.model_type} wants"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer-from", type=Path, required=True, help="a local directory with a real tokenizer")
     parser.add_argument("--data", type=Path, help="local directory with SQuAD-shaped splits")
-    parser.add_argument("--seconds", type=float, default=80, help="of training for each command, by the plan")
+    parser.add_argument("--seconds", type=float, default=60, help="of training for each command, by the plan")
     parser.add_argument("--steps", type=int, default=100, help="at most, for each command")
     parser.add_argument("--validation-rows", type=int, default=16)
     parser.add_argument("--only", choices=COMMANDS, nargs="+", default=list(COMMANDS))
@@ -322,11 +340,11 @@ def main() -> None:
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="playbook_shapes_") as temporary:
-        run_all((args.workplace or Path(temporary)).resolve(), args)
+        return run_all((args.workplace or Path(temporary)).resolve(), args)
 
 
-def run_all(workplace: Path, args: argparse.Namespace) -> None:
-    """Run the commands and write the record after each."""
+def run_all(workplace: Path, args: argparse.Namespace) -> int:
+    """Run the commands, write the record after each, and return the exit status."""
     workplace.mkdir(parents=True, exist_ok=True)
     for folder in ("examples", "nemo_automodel"):
         shutil.copytree(REPOSITORY / folder, workplace / folder, dirs_exist_ok=True)
@@ -335,15 +353,17 @@ def run_all(workplace: Path, args: argparse.Namespace) -> None:
         squad_like.write(data, 2000 if args.small else ROWS, 200)
     record: dict[str, Any] = {"machine": machine(), "argv": sys.argv[1:], "runs": {}}
     for name in args.only:
-        if args.plan_only:
-            words = words_of(name, write_model(name, workplace, args), data, args)
-            record["runs"][name] = {"command": " ".join(words), "planned": plan(words, workplace)}
-        else:
+        try:
             record["runs"][name] = run(name, workplace, data, args)
+        except Failure as failure:
+            print(f"FAILED {name}: {failure}", flush=True)
+            record["runs"][name] = {"failed": str(failure)}
+        shutil.rmtree(workplace / "checkpoints", ignore_errors=True)
         if args.out:
             args.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
+    return 1 if any("failed" in found for found in record["runs"].values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -165,9 +165,10 @@ def one_config(
     """
     given = [value for value in (config, name) if value is not None]
     if len(given) != 1:
+        which = "both are" if given else "neither is"
         raise UserError(
-            f"`from_config` takes `config` or `pretrained_model_name_or_path`, and {'both' if given else 'neither'} "
-            "is given. Leave one: a directory with config.json, a Hub name, or what a config.json holds."
+            f"`from_config` takes `config` or `pretrained_model_name_or_path`, and {which} given. "
+            "Give one: a directory with config.json, a Hub name, or what a config.json holds."
         )
     return given[0]
 

@@ -310,6 +310,7 @@ def check_model(node: ConfigNode, notices: list[str]) -> ConfigNode:
             raise ConfigError(f"`model.{key}`: in a file this is `{elsewhere}`. Move it there.")
     check_installed(node)
     check_target(node, own_keywords=_COMMON_MODEL_KEYS)
+    _check_one_config(node)
     for key in ("torch_dtype", "dtype"):
         if node.get(key) not in (None, "auto"):
             check_dtype(node[key], f"model.{key}")
@@ -325,6 +326,17 @@ def check_model(node: ConfigNode, notices: list[str]) -> ConfigNode:
     if node.get("backend.rope_fusion") is True:
         notices.append("`model.backend.rope_fusion: true` has no effect.")
     return node
+
+
+def _check_one_config(node: ConfigNode) -> None:
+    target = str(node.get("_target_"))
+    given = [key for key in ("config", "pretrained_model_name_or_path") if node.get(key) is not None]
+    if "NeMoAutoModel" in target and target.endswith(".from_config") and len(given) != 1:
+        which = "both are" if given else "neither is"
+        raise ConfigError(
+            f"`model` with {target} takes `config` or `pretrained_model_name_or_path`, and {which} given. Keep one: a "
+            "directory with config.json, a Hub name, or what a config.json holds."
+        )
 
 
 def freeze_embeddings(config: ConfigNode) -> bool:

@@ -52,6 +52,8 @@ def error_of(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     return err
 
 
+FROM_CONFIG = "nemo_automodel.NeMoAutoModelForCausalLM.from_config"
+
 # words after `automodel run.yaml`, what the line must hold
 OVERRIDES: list[tuple[str, list[str]]] = [
     # sections and keys
@@ -122,7 +124,11 @@ OVERRIDES: list[tuple[str, list[str]]] = [
     ("--dataset none", ["the section `dataset` is missing"]),
     ("--recipe none", ["`recipe` is missing", DEFAULT_RECIPE]),
     ("--model.pretrained_model_name_or_path", ["`model.pretrained_model_name_or_path` is true"]),
-    ("--model._target_ nemo_automodel.NeMoAutoModelForCausalLM.from_config", ["`model` lacks `config`"]),
+    (f"--model._target_ {FROM_CONFIG} --model.config x", ["`pretrained_model_name_or_path`, and both are given"]),
+    (
+        f"--model._target_ {FROM_CONFIG} --model.pretrained_model_name_or_path none",
+        ["takes `config` or `pretrained_model_name_or_path`, and neither is given"],
+    ),
     ("--validation_dataset.limit_dataset_samples 3", ["`validation_dataset` has no `_target_`"]),
     # targets
     ("--optimizer._target_ os.system", ["`optimizer._target_: os.system`"]),

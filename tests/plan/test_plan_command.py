@@ -50,6 +50,13 @@ def test_nothing_but_config_json_is_needed(recipe, capsys):
     assert found["hours"] == pytest.approx(50 * found["step_s"] / 3600, abs=0.01)
 
 
+def test_random_weights_need_what_loaded_ones_need(recipe, capsys):
+    path = recipe(peft=PEFT)
+    loaded = plan(capsys, path, "--seq-len", "4096")
+    target = "nemo_automodel.NeMoAutoModelForCausalLM.from_config"
+    assert plan(capsys, path, "--model._target_", target, "--seq-len", "4096") == loaded
+
+
 def test_the_overrides_that_it_names_make_the_run_fit(recipe, capsys):
     path = recipe(peft=PEFT, step_scheduler__local_batch_size=4)
     status, found = plan(capsys, path, "--seq-len", "8192", "--gpu", "rtx4090")

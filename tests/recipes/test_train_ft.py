@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,22 @@ def test_pretraining_from_a_configuration_on_a_stream_of_batches(make_config, se
     found = records(config["checkpoint"]["checkpoint_dir"])
     assert [record["num_label_tokens"] for record in found] == [2 * 2 * 15] * 3
     assert found[0]["loss"] == pytest.approx(math.log(448), abs=0.3)
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_a_recipe_trains_random_weights_by_its_target_alone(make_config, set_up, model_dirs, tmp_path, bits):
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dirs("llama"), bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    more = {"quantization": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}} if bits == 4 else {}
+    config = make_config(peft=lora_section(), step_scheduler__max_steps=2, **more)
+    config["model"]["pretrained_model_name_or_path"] = str(bare)
+    with pytest.raises(UserError, match="no weights"):
+        set_up(config)
+    config["model"]["_target_"] = "nemo_automodel.NeMoAutoModelForCausalLM.from_config"
+    set_up(config).run_train_validation_loop()
+    assert losses_of(config)[0] == pytest.approx(math.log(448), abs=0.3)
+    saved = Path(config["checkpoint"]["checkpoint_dir"], "LATEST", "model")
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == str(bare)
 
 
 def test_a_model_of_another_callable_is_taken_as_it_is(make_config, set_up, model_dirs, tmp_path):

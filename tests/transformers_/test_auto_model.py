@@ -99,6 +99,19 @@ def test_from_config_builds_the_same_weights_from_the_same_seed(model_dirs):
     assert "does not say where" in message
 
 
+def test_from_config_takes_the_word_of_from_pretrained(model_dirs, tmp_path):
+    build = NeMoAutoModelForCausalLM.from_config
+    shutil.copy(model_dirs("llama") / "config.json", tmp_path)  # no weights, no tokenizer
+    models = []
+    for where in ({"config": str(tmp_path)}, {"pretrained_model_name_or_path": str(tmp_path)}):
+        torch.manual_seed(3)
+        models.append(build(**where, device="cpu", torch_dtype="float32"))
+    assert torch.equal(models[0](input_ids=IDS).logits, models[1](input_ids=IDS).logits)
+    rule = "takes `config` or `pretrained_model_name_or_path`, and"
+    assert f"{rule} neither is given. Give one: a directory" in refused(build)
+    assert f"{rule} both are given" in refused(build, "a", pretrained_model_name_or_path="b")
+
+
 def test_a_new_task_head_is_made_and_said(model_dirs, caplog):
     caplog.set_level("INFO")
     model = NeMoAutoModelForSequenceClassification.from_pretrained(str(model_dirs("llama")), device="cpu", num_labels=3)
