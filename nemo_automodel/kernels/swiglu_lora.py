@@ -32,6 +32,14 @@ MASKED_NUM_WARPS = 8
 """Making masks takes registers; with four warps the backward pass spills twice as many."""
 
 
+def num_stages(widest_rank: int) -> int:
+    """Return how many tiles of a kernel are in flight: as many as fit the shared memory of every GPU, 99 KB at least.
+
+    More tiles of ranks, which a rank above `MAX_BLOCK_R` takes, want room for each of them.
+    """
+    return 3 if widest_rank <= 32 else 2 if widest_rank <= MAX_BLOCK_R else 1
+
+
 def swiglu_lora(
     gate_up_TG: torch.Tensor,
     out_TF: torch.Tensor,
@@ -320,6 +328,10 @@ def _grid(num_rows: int, num_cols: int) -> tuple[tuple[int, int], int]:
     return (blocks, -(-tiles // piece_tiles)), piece_tiles * BLOCK_N
 
 
+def _widest(parts: tuple[tuple[int, int], ...]) -> int:
+    return max((to - first for first, to in parts), default=0)
+
+
 def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str, int]:
     """Return the ranks of gate, of up and of the down projection as constants of a kernel."""
     (gate_from, gate_to), (up_from, up_to) = parts if parts else ((0, 0), (0, 0))
@@ -328,7 +340,7 @@ def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str
         "GATE_FROM": gate_from,
         "UP_FROM": up_from,
         "UP_TO": up_to,
-        "BLOCK_R": block_r(max(gate_to - gate_from, up_to - up_from)),
+        "BLOCK_R": block_r(_widest(parts)),
         "A_RANK": a_rank,
         "A_BLOCK": block_r(a_rank),
         "BLOCK_T": BLOCK_T,
@@ -408,6 +420,7 @@ def swiglu_lora_triton(
         **_rank_constants(() if update is None else update.parts, a_rank),
         **_drop_constants(a_dropout),
         num_warps=NUM_WARPS if a_dropout is None else MASKED_NUM_WARPS,
+        num_stages=num_stages(max(a_rank, _widest(() if update is None else update.parts))),
     )
     return None if a_RF is None else _sum_pieces(partial_PTR, a_RF.shape[0], out_TF.dtype)
 
@@ -454,5 +467,6 @@ def swiglu_lora_backward_triton(
         **_rank_constants(parts, 0 if dh_update is None else dh_update.rank),
         **_drop_constants(dh_dropout),
         num_warps=NUM_WARPS if dh_dropout is None else MASKED_NUM_WARPS,
+        num_stages=num_stages(max(0 if dh_update is None else dh_update.rank, _widest(parts))),
     )
     return None if b_GR is None else _sum_pieces(partial_PTR, b_GR.shape[1], dh_TF.dtype)

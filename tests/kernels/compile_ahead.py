@@ -29,16 +29,32 @@ from nemo_automodel.kernels import (
 )
 
 _ROPE = {"NUM_Q": 32, "NUM_KV": 8, "HEAD": 128, "HAS_BIAS": True, "HAS_NORM": True, "BLOCK_H": 16, "BLOCK_E": 64}
-_SWIGLU_LORA = {"HAS_UPDATE": True, "GATE_FROM": 0, "UP_FROM": 64, "UP_TO": 128, "BLOCK_R": 64, "A_RANK": 64}
-_SWIGLU_LORA |= {"A_BLOCK": 64, "BLOCK_T": swiglu_lora.BLOCK_T, "BLOCK_N": swiglu_lora.BLOCK_N}
 _NF4_TYPES = {"codes_ptr": "*u8", "absmax_ptr": "*u8", "num_numbers": "i64"}
 _NF4_TYPES |= {f"{name}_ptr": "*fp32" for name in ("nested", "map", "offset", "values", "scale")}
 _NF4 = {"IS_NESTED": True, "LARGEST": 448.0, "SIZE": 64}
 _NO_DROPS = {"DROPS_A": False, "A_SALT": 0, "THRESHOLD": 0, "SCALE": 1.0}
 _DROPS = {"DROPS_A": True, "A_SALT": 5, "THRESHOLD": 0xE666, "SCALE": 10.0}
-_ADD = {"HAS_RESIDUAL": True, "BLOCK_R": 64, "BLOCK_T": lora._BLOCK_T, "BLOCK_N": lora._BLOCK_N}
+_ADD = {"HAS_RESIDUAL": True, "BLOCK_R": 64, "BLOCK_T": lora._BLOCK_T, "BLOCK_N": lora._BLOCK_N, "factor_col": 1}
 _PRODUCT = {"SHARES": ((0, 16, 7), (16, 32, 0xDAA66D2B), (32, 48, 9)), "THRESHOLD": 6554, "SCALE": 1.1111}
 _PRODUCT |= {"BLOCK_R": 64, "BLOCK_T": dropped_products.BLOCK_T, "BLOCK_N": dropped_products.BLOCK_N}
+
+
+def _swiglu_lora(rank: int, is_backward: bool, has_update: bool, drops: bool) -> tuple[str, Any, dict, dict]:
+    """Return a case of SwiGLU at one rank of every adapter, launched as `swiglu_lora` does."""
+    fits = rank <= lora.MAX_BLOCK_R
+    constants = {"HAS_UPDATE": has_update, "GATE_FROM": 0, "UP_FROM": rank, "UP_TO": 2 * rank, "b_rank": 1}
+    constants |= {"BLOCK_R": lora.block_r(rank), "A_BLOCK": lora.block_r(rank), "A_RANK": rank}
+    constants |= {"BLOCK_T": swiglu_lora.BLOCK_T, "BLOCK_N": swiglu_lora.BLOCK_N} | (_DROPS if drops else _NO_DROPS)
+    constants |= {"num_warps": swiglu_lora.MASKED_NUM_WARPS if drops else swiglu_lora.NUM_WARPS}
+    constants |= {"num_stages": swiglu_lora.num_stages(rank)}
+    if is_backward:
+        kernel, own = swiglu_lora._swiglu_lora_backward_kernel, {"MULTIPLIES": fits, "a_col": 1}
+    else:
+        kernel, own = swiglu_lora._swiglu_lora_forward_kernel, {} if fits else {"A_RANK": 0}
+    name = f"swiglu {'backward' if is_backward else 'forward'}, rank {rank}, update {has_update}, mask {drops}"
+    return name, kernel, {"partial_ptr": "*fp32", "seed_ptr": "*i64"}, constants | own
+
+
 # kernel, pointers to the model's dtype and to others, floats, int64 values, constants: the largest that 8B models need
 CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     (
@@ -130,29 +146,13 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         {"seed_ptr": "*i64"},
         _ADD | {key: _PRODUCT[key] for key in ("SHARES", "THRESHOLD", "SCALE")},
     ),
-    (
-        "swiglu with lora forward",
-        swiglu_lora._swiglu_lora_forward_kernel,
-        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
-        _SWIGLU_LORA | _NO_DROPS,
-    ),
-    (
-        "swiglu with lora forward under masks",
-        swiglu_lora._swiglu_lora_forward_kernel,
-        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
-        _SWIGLU_LORA | _DROPS,
-    ),
-    (
-        "swiglu with lora backward",
-        swiglu_lora._swiglu_lora_backward_kernel,
-        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
-        _SWIGLU_LORA | _NO_DROPS | {"MULTIPLIES": True},
-    ),
-    (
-        "swiglu with lora backward under masks",
-        swiglu_lora._swiglu_lora_backward_kernel,
-        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
-        _SWIGLU_LORA | _DROPS | {"MULTIPLIES": True},
+    *(
+        _swiglu_lora(rank, is_backward, has_update, drops)
+        for rank in (16, 32, 64, 128)
+        for is_backward in (False, True)
+        for has_update in (False, True)
+        for drops in (False, True)
+        if rank > 32 or (has_update and drops)
     ),
     (
         "dropped low",
@@ -182,13 +182,20 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
 
 
 def shared_bytes(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> int:
-    """Compile one kernel for one GPU and return the shared memory of a block."""
+    """Compile one kernel for one GPU and return the shared memory of a block.
+
+    Where ``constants`` do not say how many warps and stages a launch has, it is eight and three.
+    """
+    options = {"num_warps": 8} | {key: n for key, n in constants.items() if key in ("num_warps", "num_stages")}
+    constants = {key: value for key, value in constants.items() if key not in options}
+    # as for the shapes of real models: loads are wide then, and wide loads are what waits in shared memory
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"], "ptxas made nothing"
     return int(compiled.metadata.shared)
 
