@@ -135,9 +135,10 @@ def test_another_configuration_and_a_late_one_are_refused(given, has_started, me
     assert not is_deterministic()
 
 
-def test_an_operation_without_an_order_is_one_line(capsys):
+@pytest.mark.parametrize("operation", ["cumsum_cuda_kernel", "_histc_cuda with floating point input"])
+def test_an_operation_without_an_order_is_one_line(operation, capsys):
     words = (
-        "cumsum_cuda_kernel does not have a deterministic implementation, but you set 'torch.use_deterministic_"
+        f"{operation} does not have a deterministic implementation, but you set 'torch.use_deterministic_"
         "algorithms(True)'. You can turn off determinism just for this operation"
     )
 
@@ -146,10 +147,10 @@ def test_an_operation_without_an_order_is_one_line(capsys):
 
     assert run_safely(fails, debug=False) == 2
     assert capsys.readouterr().err == (
-        "error: `cumsum_cuda_kernel` has no form that adds in a fixed order, and `deterministic: true` wants one. Set "
+        f"error: `{operation}` has no form that adds in a fixed order, and `deterministic: true` wants one. Set "
         "`deterministic: false`, or do without what uses it.\n"
     )
-    with pytest.raises(RuntimeError, match="cumsum"):
+    with pytest.raises(RuntimeError, match="does not have"):
         run_safely(fails, debug=True)
 
 

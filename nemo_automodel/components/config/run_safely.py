@@ -28,7 +28,7 @@ _OUT_OF_MEMORY = (
     "is whole."
 )
 
-_UNORDERED = re.compile(r"(\S+) does not have a deterministic implementation")
+_UNORDERED = re.compile(r"([^\n]+) does not have a deterministic implementation")
 _NO_ORDER = (
     "`{operation}` has no form that adds in a fixed order, and `deterministic: true` wants one. Set `deterministic: "
     "false`, or do without what uses it."
