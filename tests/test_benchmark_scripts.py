@@ -161,3 +161,17 @@ def test_a_planned_run_is_trained_and_a_failing_one_is_kept(script):
     assert summary["memory_error"] == {"runs": 2, "median": pytest.approx(0.03), "worst": 0.04}
     assert summary["false_fits"] == ["dead"]
     assert summary["failed"] == []
+
+
+def test_digests_of_determinism_see_every_bit(script):
+    determinism = script("determinism")
+    for dtype in (torch.bfloat16, torch.float32):
+        tensor = torch.randn(4, 6).to(dtype)
+        digest = determinism._digest(tensor)
+        assert determinism._digest(tensor.t().contiguous().t()) == digest
+        assert determinism._digest(tensor.flip(0)) != digest
+        other = tensor.clone()
+        other[2, 3] = (
+            torch.nextafter(other[2, 3].float(), torch.tensor(9.0)) if dtype == torch.float32 else -other[2, 3]
+        )
+        assert determinism._digest(other) != digest

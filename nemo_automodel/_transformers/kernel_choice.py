@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from nemo_automodel._transformers.kernel_trial import LayerTrial, measure
 from nemo_automodel.components._peft.lora import LinearLoRA
-from nemo_automodel.components.fast.choices import DEFAULT, Choices
+from nemo_automodel.components.fast.choices import DEFAULT, DETERMINISTIC, Choices
 from nemo_automodel.components.fast.config import KernelWishes
 from nemo_automodel.components.fast.dispatch import (
     Dispatcher,
@@ -34,6 +34,7 @@ from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
 from nemo_automodel.kernels.jit import HAS_TRITON
 from nemo_automodel.shared.cache import cache_directory
+from nemo_automodel.shared.determinism import is_deterministic
 from nemo_automodel.shared.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 ROW_SHAPE = (2, 4096)
 """Rows and positions of a micro-batch where nobody knows better."""
 _MOST_TOKENS = 8192
+_BY_RULE = "fixed, `deterministic: true`"
+"""Measurements differ from start to start: where the same bits are wanted every time, a rule decides."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,14 @@ def choose_kernels(
     Raises:
         UserError: what was asked for cannot run here or computes something else.
     """
+    if is_deterministic() and request.wishes.asked.get("attention") == "cudnn":
+        raise UserError(
+            "`kernels: {attention: cudnn}` adds in no fixed order, and deterministic algorithms are asked for. Use "
+            "flash, or leave it out."
+        )
     reason = _obstacle(model, layer)
+    if reason is None and is_deterministic() and not request.wishes.asked:
+        reason = _BY_RULE
     if reason is None:
         return measured_table(model, layer, request, store)
     shape = _row_shape(model, request.row_shape)
@@ -167,12 +177,16 @@ def _without_measuring(machine: dict[str, str], subject: str, wishes: KernelWish
         raise UserError(
             f"`model.kernels.attention: {attention}` cannot be: the model is on the cpu. Leave it out, or use a GPU."
         )
-    table = default_table(machine, subject, DEFAULT.names(), reason)
+    table = default_table(machine, subject, _defaults().names(), reason)
     entries = (
         Entry(e.operation, subject, wishes.asked[e.operation], "asked for") if e.operation in wishes.asked else e
         for e in table.entries
     )
     return Table(machine, tuple(entries))
+
+
+def _defaults() -> Choices:
+    return DETERMINISTIC if is_deterministic() else DEFAULT
 
 
 def _file_name(machine: Mapping[str, str]) -> str:
@@ -184,6 +198,9 @@ def _ask(dispatcher: Dispatcher, trial: LayerTrial, subject: str) -> list[Entry]
     """Answer one question after the other; what was answered holds in the next."""
     entries: list[Entry] = []
     for operation in ("attention", "swiglu_products", "down_in_depth"):
+        if is_deterministic() and operation not in dispatcher.wishes.asked:
+            entries.append(Entry(operation, subject, _defaults().names()[operation], _BY_RULE))
+            continue
         if not trial.matters(operation) and operation not in dispatcher.wishes.asked:
             entries.append(Entry(operation, subject, DEFAULT.names()[operation], "changes nothing in this model"))
             continue

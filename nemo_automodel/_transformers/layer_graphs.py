@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -12,7 +13,10 @@ from nemo_automodel.components.fast.decoder_layer import DecoderCore, FastDecode
 from nemo_automodel.components.fast.graphs import CudaRecorder, Graphs, LayerGraphs
 from nemo_automodel.components.fast.trained_layer import TrainedCore
 from nemo_automodel.components.training.flops import peak_tflops
+from nemo_automodel.shared.determinism import is_deterministic
 from nemo_automodel.shared.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _START_SECONDS = 3.5e-3
 """What Python and the driver take to start a layer there and back: measured beside an H100, on 3 GHz cores."""
@@ -29,6 +33,10 @@ def record_layers(layers: Sequence[nn.Module], wish: str, device: torch.device) 
         return
     core: DecoderCore = layers[0].fast_core  # type: ignore[assignment]
     is_asked = wish == "on"
+    if is_deterministic() and not is_asked:
+        # a resumed run computes its first batches unrecorded again, which is exact only if recordings are
+        logger.info("Decoder layers: not recorded as CUDA graphs, `deterministic: true`.")
+        return
     limit = math.inf if is_asked else _tokens_worth_recording(core, torch.cuda.get_device_name(device))
     graphs = Graphs(CudaRecorder(), limit, is_asked)
     for layer in layers:

@@ -44,6 +44,7 @@ from nemo_automodel.kernels.attention import (
     packed_attention,
     packed_mask,
 )
+from nemo_automodel.shared.determinism import is_deterministic
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import is_available
 from nemo_automodel.shared.types import IGNORE_INDEX, Batch
@@ -346,7 +347,12 @@ class BatchFiller:
         """Most rows and last number of rows, by (whether there are shared prefixes, length of a row)."""
 
     def fill(self, batch: Batch) -> Batch:
-        """Return the batch, or one of as many rows as the largest batch of its kind had."""
+        """Return the batch, or one of as many rows as the largest batch of its kind had.
+
+        Where the same bits are wanted every time it stays as it is: a resumed run has not seen what came before.
+        """
+        if is_deterministic():
+            return batch
         num_rows, seq_len = batch["input_ids"].shape
         key = "branch_ids" in batch, seq_len
         most, last = self._num_rows.get(key, (0, 0))

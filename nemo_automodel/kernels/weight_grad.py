@@ -20,6 +20,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from nemo_automodel.shared.determinism import is_deterministic
+
 
 def is_alone() -> bool:
     """Tell whether this is the only process of a run: of several, somebody averages gradients as they are made."""
@@ -32,6 +34,10 @@ def add_product_grad(weights: Sequence[torch.Tensor], dy_TN: torch.Tensor, x_TK:
     Rows of both may lie in wider buffers. No other gradient may be on its way to these weights.
     """
     grad_NK, is_new = packed_grad(weights)
+    if is_new and is_deterministic():
+        # the library may compute a sum otherwise that begins with nothing: the first product is added as all others are
+        grad_NK.zero_()
+        is_new = False
     if is_new:
         torch.mm(dy_TN.t(), x_TK, out=grad_NK)
     else:

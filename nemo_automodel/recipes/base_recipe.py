@@ -57,6 +57,7 @@ from nemo_automodel.components.optim.optimizer import (
 )
 from nemo_automodel.components.optim.scheduler import OptimizerParamScheduler, SchedulePlan, plan_schedule
 from nemo_automodel.components.quantization.qat import DelayedStart
+from nemo_automodel.components.training.determinism import switch_determinism
 from nemo_automodel.components.training.garbage_collection import GarbageCollection
 from nemo_automodel.components.training.rng import ScopedRNG, StatefulRNG
 from nemo_automodel.components.training.step_scheduler import Step, StepScheduler, TrainLoader
@@ -207,6 +208,7 @@ class BaseRecipe:
 
     def _find_devices(self) -> None:
         hide_bars_without_terminal()
+        switch_determinism(self.settings.deterministic)  # before CUDA starts
         self.dist = initialize_distributed(self.settings.dist_env)
         self.device = self.dist.device
         self.mesh = build_mesh(self.settings.distributed, self.dist.world_size)

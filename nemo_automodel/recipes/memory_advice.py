@@ -52,6 +52,10 @@ class MemoryAdvice:
         """Return the message of a run that ends: nothing was left to try, or nothing was to be tried."""
         if not rescues:
             key = self._smaller_batch(misfit, -(-misfit.num_rows // 2))
+            if self._settings.deterministic:
+                key = key if misfit.num_rows > 1 else "--distributed.activation_checkpointing full"
+                rule = ", and under `deterministic: true` no step is done again in parts, which add up otherwise"
+                return f"{misfit}{rule}. {self._consumers(misfit)}Set {key}"
             remedy = f"Set `memory.rescue: true`, which does such steps again in smaller parts, or {key}"
             return f"{misfit}. {self._consumers(misfit)}{remedy}"
         rule = ", and there is nothing left to split or to compute again"

@@ -264,5 +264,6 @@ def build_engine(
         advice=MemoryAdvice(settings),
         record=record or MemoryRecord(),
         policy=settings.distributed.recompute_policy(),
-        rescues=settings.memory.rescue,
+        # where the same bits are wanted every time: a run that is resumed may run out of memory at another step
+        rescues=settings.memory.rescue and not settings.deterministic,
     )

@@ -1,6 +1,6 @@
 """One dumped step once more: the model of its configuration, its weights, its batches, its random numbers.
 
-On the CPU, and on the same GPU with deterministic kernels, loss and gradient norm come out bit for bit as they were;
+On the CPU, and on the same GPU under ``deterministic: true``, loss and gradient norm come out bit for bit as they were;
 other kernels differ in the last digits. Then every row goes through alone, without dropout, for its own loss and its
 own gradient, which says which of them is to blame.
 """

@@ -25,6 +25,7 @@ from nemo_automodel.shared.imports import is_available, require
 SECTIONS = (
     "recipe",
     "seed",
+    "deterministic",
     "step_scheduler",
     "dist_env",
     "distributed",
@@ -269,6 +270,30 @@ def check_switches(config: ConfigNode) -> list[str]:
     """
     nvtx = conform(config, "nvtx", bool | None, "") if "nvtx" in config else None
     return ["`nvtx: true` has no effect yet."] if nvtx else []
+
+
+def deterministic(config: ConfigNode) -> bool:
+    """Return ``deterministic``; false is removed, so that it is the same run as one that does not say it.
+
+    Raises:
+        ConfigError: it is neither true nor false, or something else wants kernels to be measured at every start.
+    """
+    value = conform(config, "deterministic", bool | None, "") if "deterministic" in config else None
+    if not value:
+        config.remove("deterministic")
+        return False
+    mode = config.get("compile.mode")
+    if isinstance(mode, str) and mode.startswith("max-autotune"):
+        raise ConfigError(
+            f"`compile.mode: {mode}` measures kernels at every start, and `deterministic: true` wants the same ones. "
+            "Use `compile.mode: default`."
+        )
+    if config.get("model.kernels.attention") == "cudnn":
+        raise ConfigError(
+            "`model.kernels.attention: cudnn` adds in no fixed order, and `deterministic: true` wants one. Use flash, "
+            "or leave it out."
+        )
+    return True
 
 
 def check_dtype(value: Any, place: str) -> None:

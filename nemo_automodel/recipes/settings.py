@@ -55,6 +55,8 @@ class RunSettings:
     """Lines to log once: translated forms, keys without effect."""
     recipe: str | None
     seed: int
+    deterministic: bool
+    """The same run gives the same bits, at the price of slower kernels."""
     step_scheduler: StepSchedulerConfig
     dist_env: DistEnvConfig
     distributed: DistributedConfig
@@ -144,6 +146,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         notices=notices,
         recipe=recipe,
         seed=_seed(config),
+        deterministic=rules.deterministic(config),
         step_scheduler=step_scheduler,
         dist_env=_dist_env(config),
         distributed=distributed,

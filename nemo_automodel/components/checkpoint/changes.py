@@ -39,6 +39,11 @@ _NOTHING = "everything stays exact where rows have numbers; a stream that keeps 
 _COMPUTED = "the place in the data is exact. The same weights give another loss from here on."
 _UPDATED = "weights and the place in the data are exact. Updates follow the new value from here on."
 
+_KERNELS = (
+    "weights, optimizer and the place in the data are exact. Other kernels compute from here on, so losses differ in "
+    "their last digits from those of a run without the change."
+)
+
 _CONSEQUENCES = {
     "step_scheduler.local_batch_size": _SPLIT,
     "step_scheduler.local_batch_tokens": _SPLIT,
@@ -52,6 +57,7 @@ _CONSEQUENCES = {
     "dataloader.shuffle_buffer_size": _ORDER,
     "dataloader.group_by_length": _ORDER,
     "seed": _ORDER,
+    "deterministic": _KERNELS,
     "rng": _ORDER,
     "dataset": _DATA,
     "dataloader": _DATA,

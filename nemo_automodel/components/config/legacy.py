@@ -33,7 +33,7 @@ _DEAD_KEYS = {
     "distributed_config": "Use `distributed`.",
     "autocast": "Use `distributed.autocast_dtype`.",
     "dist_env.init_method": "It is always taken from the environment.",
-    "rng.deterministic": "Remove it.",
+    "rng.deterministic": "Use the top-level `deterministic`.",
     "benchmark.num_nodes": "Remove it.",
     "distributed.use_hf_tp_plan": "Use `distributed.tp_plan`.",
     "distributed.check_for_nan_in_grad": "Remove it.",

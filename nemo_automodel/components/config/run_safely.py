@@ -28,13 +28,19 @@ _OUT_OF_MEMORY = (
     "is whole."
 )
 
+_UNORDERED = re.compile(r"([^\n]+) does not have a deterministic implementation")
+_NO_ORDER = (
+    "`{operation}` has no form that adds in a fixed order, and `deterministic: true` wants one. Set `deterministic: "
+    "false`, or do without what uses it."
+)
+
 
 def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int:
     """Call ``function`` and return the exit status of the process.
 
-    A ``UserError``, a full disk, a missing permission or a full GPU prints ``error: …`` on one line of stderr and gives
-    2; a run stopped before the machine swaps gives 3; Ctrl-C gives 130; anything else is a defect and keeps its
-    traceback.
+    A ``UserError``, a full disk, a missing permission, a full GPU or an operation that adds in no fixed order where one
+    is wanted prints ``error: …`` on one line of stderr and gives 2; a run stopped before the machine swaps gives 3;
+    Ctrl-C gives 130; anything else is a defect and keeps its traceback.
 
     Args:
         function: what to run; its result, if a whole number, is the status.
@@ -58,6 +64,9 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
             raise
         return _report(f"`{error.filename or 'a file'}`: {_DISK_ERRORS[error.errno]}.")
     except RuntimeError as error:
+        unordered = _UNORDERED.search(str(error))
+        if unordered and not shows_traceback:
+            return _report(_NO_ORDER.format(operation=unordered[1]))
         # torch's class, told by its name: most commands never import torch
         if shows_traceback or type(error).__name__ != "OutOfMemoryError":
             raise

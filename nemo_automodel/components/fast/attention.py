@@ -20,6 +20,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nemo_automodel.shared.determinism import is_deterministic
+
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """(q ``[B, H, S, E]``, k and v ``[B, K, S, E]``, scale) → ``[B, H, S, E]``; differentiable by autograd."""
 
@@ -43,9 +45,12 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 def causal_attention_by(name: str, only: bool = False) -> Attention:
     """Return `causal_attention` with the SDPA backend ``name`` first, or with no other.
 
-    ``name`` is ``cudnn``, ``flash``, ``efficient`` or ``math``.
+    ``name`` is ``cudnn``, ``flash``, ``efficient`` or ``math``. Where the same bits are wanted every time, cuDNN is
+    none of the others.
     """
-    return CausalAttention((_BACKENDS[name], *(() if only else (b for n, b in _BACKENDS.items() if n != name))))
+    excluded = {name, "cudnn"} if is_deterministic() else {name}
+    others = () if only else (backend for other, backend in _BACKENDS.items() if other not in excluded)
+    return CausalAttention((_BACKENDS[name], *others))
 
 
 @dataclass(frozen=True)

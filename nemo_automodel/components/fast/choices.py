@@ -40,3 +40,5 @@ class Choices:
 
 
 DEFAULT = Choices()
+DETERMINISTIC = Choices(attention="flash")
+"""What holds where the same bits are wanted every time: cuDNN's backward pass adds in no fixed order."""
