@@ -189,7 +189,7 @@ def test_the_pages_show_what_is_printed(config_of):
         pick(plans)
     said = [
         advice.on_rescue(many, "none", 4, is_first=True),
-        f"error: {advice.last_words(one, rescues=True, is_whole_step=False)}",
+        f"error: {advice.last_words(one, rescues=True)}",
         f"error: {advice.updated_already(many)}",
         f"error: {str(nothing_fits.value).partition(' This fits:')[0]}",
     ]

@@ -263,22 +263,69 @@ IN_BACKWARD = {
 }
 
 
-def test_a_step_within_the_backward_pass_is_not_split_but_computed_again(set_up):
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_a_step_within_the_backward_pass_is_computed_again_before_it_is_split(set_up, place):
     expected = train(set_up("large", **IN_BACKWARD))
     recipe = set_up("small", **IN_BACKWARD)
-    core = layer_of(recipe, 1).fast_core
-    faults = Faults(layer_of(recipe, 1), "forward", lambda hidden: core.recompute == "none")
-    assert_same_run(train(recipe), expected)
+    core = layer_of(recipe, 0).fast_core
+    faults = Faults(layer_of(recipe, 0), place, lambda hidden: core.recompute == "none")
+    assert_same_run(train(recipe), expected, tolerance=0)
     assert faults.num_raised == 1
     assert {rows for rows, _ in faults.shapes} == {4}
     assert core.recompute == "selective"
 
 
+def test_a_step_within_the_backward_pass_is_split_where_no_policy_is_enough(set_up):
+    expected = train(set_up("large", **IN_BACKWARD))
+    recipe = set_up("small", **IN_BACKWARD)
+    faults = Faults(layer_of(recipe, 0), "backward", lambda hidden: hidden.shape[0] > 2)
+    assert_same_run(train(recipe), expected)
+    known = known_policies(is_fast=True)
+    assert [rows for rows, _ in faults.shapes].count(4) == faults.num_raised == len(known)
+    assert {rows for rows, _ in faults.shapes} == {4, 2}
+    assert layer_of(recipe).fast_core.recompute == known[-1]
+
+
+def test_a_rehearsal_changes_no_bit_and_comes_before_larger_steps_only(set_up, caplog):
+    more = {**IN_BACKWARD, "step_scheduler__local_batch_size": 4, "optimizer___target_": "adamw"}
+    plain = set_up("plain", memory={"rescue": False}, **more)
+    expected = train(plain)
+    recipe = set_up("rehearsed", **more)
+    faults = Faults(layer_of(recipe), "forward", lambda hidden: False)
+    with caplog.at_level(logging.INFO):
+        assert_same_run(train(recipe), expected, tolerance=0)
+    largest, num_passes = 0, []
+    lengths = [length for _, length in faults.shapes]
+    while lengths:
+        times = 2 if lengths[0] > largest else 1
+        assert lengths[:times] == [lengths[0]] * times
+        largest, lengths = max(largest, lengths[0]), lengths[times:]
+        num_passes.append(times)
+    assert len(num_passes) == NUM_STEPS
+    assert num_passes[0] == 2
+    assert caplog.text.count("steps larger than any before are rehearsed first.") == 1
+
+
 def test_weights_that_were_updated_cannot_be_taken_back(set_up):
+    """Memory that was there in the rehearsal may be gone: another process took it."""
     recipe = set_up(**IN_BACKWARD)
-    Faults(layer_of(recipe), "backward", lambda hidden: True)
+    calls = []
+
+    def second_call(hidden):
+        calls.append(hidden)
+        return len(calls) == 2
+
+    Faults(layer_of(recipe), "backward", second_call)
     with pytest.raises(UserError, match=r"`optimizer.in_backward` had updated some weights by then, so the step"):
         recipe.run_train_validation_loop()
+
+
+def test_nothing_is_rehearsed_without_rescue(set_up):
+    recipe = set_up(memory={"rescue": False}, **IN_BACKWARD)
+    faults = Faults(layer_of(recipe), "backward", lambda hidden: True)
+    with pytest.raises(UserError, match=r"`optimizer.in_backward` had updated some weights by then, so the step"):
+        recipe.run_train_validation_loop()
+    assert faults.num_raised == 1
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -308,3 +355,16 @@ def test_limits_count_positions():
     assert limits.lower(1, 300, "selective")
     assert not limits.lower(1, 300, "full")
     assert limits.choose(2, 300) == ("full", 2)
+
+
+def test_limits_that_cut_last():
+    limits = Limits(("none", "full"), cuts_last=True)
+    assert limits.lower(4, 100, "none")
+    assert limits.choose(4, 100) == ("full", 1)
+    assert limits.choose(3, 133) == ("none", 1)
+    assert limits.lower(4, 100, "full")
+    assert limits.choose(4, 100) == ("full", 2)
+    assert limits.choose(3, 133) == ("none", 1)
+    assert limits.lower(2, 100, "full")
+    assert limits.choose(4, 100) == ("full", 4)
+    assert not limits.lower(1, 100, "full")
