@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from nemo_automodel._transformers.forward import LossFn
 from nemo_automodel._transformers.layer_graphs import forget_recordings
-from nemo_automodel._transformers.recompute import policies_from, switch_recompute
+from nemo_automodel._transformers.recompute import host_bytes_of, policies_from, switch_recompute
 from nemo_automodel.components.optim.in_backward import StepInBackward
 from nemo_automodel.components.training.step_dump import capture_random, restore_random
 from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens
@@ -43,6 +43,7 @@ from nemo_automodel.recipes.memory_record import MemoryRecord
 from nemo_automodel.recipes.settings import RunSettings
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.memory import lockable_bytes, read_memory
 from nemo_automodel.shared.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class RescuingEngine(EagerEngine):
         self._limits = Limits(policies_from(model, policy), record.most_positions)
         self._eval_limits = Limits(("none",))
         self._has_advised = False
+        self._locked_bytes = 0
         self._in_backward: StepInBackward | None = None
         self._rehearsed: dict[str, int] = {}
         """Positions of the largest step that fits, under each policy that was rehearsed."""
@@ -160,6 +162,7 @@ class RescuingEngine(EagerEngine):
 
         def run(part: Part) -> torch.Tensor:
             self._compute_under(part.policy)
+            self._check_host(part)
             if self._in_backward is not None:
                 self._in_backward.hold(not part.ends_step)
             return super(RescuingEngine, self).forward_backward([part.batch], num_label_tokens)
@@ -248,6 +251,20 @@ class RescuingEngine(EagerEngine):
             switch_recompute(self._model, policy)
             self._policy = policy
 
+    def _check_host(self, part: Part) -> None:
+        """Refuse what the host cannot hold before it is page-locked, since the machine would not survive that.
+
+        Raises:
+            torch.OutOfMemoryError: the inputs of all layers do not fit in the host's memory.
+        """
+        if part.policy != "full_offload":
+            return
+        needed = host_bytes_of(self._model, part.num_rows * part.row_len)
+        more = needed - self._locked_bytes
+        if more > 0 and more > lockable_bytes(read_memory()):
+            raise torch.OutOfMemoryError(f"Tried to allocate {more / _GIB:.2f} GiB of the host's memory")
+        self._locked_bytes = max(needed, self._locked_bytes)  # it is kept for the next micro-batch
+
     def _drop_gradients(self) -> None:
         for parameter in self._model.parameters():
             parameter.grad = None
@@ -287,7 +304,7 @@ class RescuingEngine(EagerEngine):
 
 
 def _asked_for(words: str) -> str:
-    found = re.search(r"Tried to allocate ([\d.]+ \w+)", words)
+    found = re.search(r"Tried to allocate ([\d.]+ \w+(?: of the host's memory)?)", words)
     return found[1] if found else ""
 
 

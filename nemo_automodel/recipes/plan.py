@@ -59,13 +59,24 @@ class Plan:
         """Memory that counts against the machine's: on unified memory the host's as well, in a step and in loading."""
         if not self.machine.is_unified:
             return self.memory.total
-        in_step = self.memory.total + int(_host_gib(self.load) * GIB + memory.offloaded(self.load))
+        in_step = self.memory.total + int(self.step_host_gib * GIB)
         return max(in_step, int((self.load_host_gib + self.load_device_gib) * GIB))
 
     @property
     def fits(self) -> bool:
         """Whether the run fits."""
-        return self.needed_bytes <= self.machine.usable_bytes
+        return self.needed_bytes <= self.machine.usable_bytes and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether activations that wait on the host fit there, as far as its memory is known."""
+        host_gib = self.machine.host_gib
+        return host_gib is None or memory.offloaded(self.load) <= host_gib * GIB
+
+    @property
+    def step_host_gib(self) -> float:
+        """What a step needs of the host's memory, in GiB."""
+        return _host_gib(self.load) + memory.offloaded(self.load) / GIB
 
 
 def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -> Plan:
@@ -95,7 +106,8 @@ def plan_policies(settings: RunSettings, machine: Machine, seq_len: int | None =
     plans = [_plan_of(settings, found, load.changed(recompute=policy), notes, machine) for policy in policies]
     plans.sort(key=lambda plan: -plan.speed.tokens_per_s)
     if not any(plan.fits for plan in plans):
-        least = min(range(len(plans)), key=lambda number: plans[number].needed_bytes)
+        # activations that the host cannot hold are no way out
+        least = min(range(len(plans)), key=lambda n: (not plans[n].fits_host, plans[n].needed_bytes))
         plans[least] = _with_alternative(plans[least], settings, found)
     return plans
 
@@ -110,6 +122,16 @@ def predict(settings: RunSettings, rows: int, seq_len: int, policy: str) -> memo
     load, _ = _workload(settings, found, seq_len)
     with torch.enable_grad():  # the layers of the outline run backward, whoever asks
         return memory.peak(_with_plain_run(load.changed(rows=rows, seq_len=seq_len, recompute=policy), found))
+
+
+def offloaded_bytes(settings: RunSettings, seq_len: int | None = None) -> tuple[int, Workload]:
+    """Return how much of a micro-batch waits in the host's memory, and the micro-batch.
+
+    Raises:
+        UserError: as `plan_run`.
+    """
+    load, _ = _workload(settings, _outline(settings), seq_len)
+    return memory.offloaded(load), load
 
 
 def _plan_of(settings: RunSettings, found: Outline, load: Workload, notes: list[str], machine: Machine) -> Plan:
@@ -222,7 +244,7 @@ def _optimizer_bytes(settings: RunSettings, weight_bytes: int, notes: list[str])
 
 
 def _host_gib(load: Workload) -> float:
-    """Return what a step needs of the host's memory, in GiB."""
+    """Return what a process needs of the host's memory beside activations, in GiB."""
     return _PROCESS_GIB + (load.shape.num_embedding * load.weight_bytes / GIB if load.embeddings_on_host else 0)
 
 

@@ -170,6 +170,7 @@ def test_a_long_row_whose_inputs_wait_on_the_host(recipe, capsys):
     status, found = plan(capsys, path, "--seq-len", "131072")
     assert status == 0
     assert "The host holds 32.0 GiB of activations, page-locked." in found["notes"]
+    assert found["step_host_gib"] == 32 + 4  # and the process
     _, whole = plan(capsys, path, "--distributed.mlp_tile_tokens", "131072", "--seq-len", "131072")
     assert whole["needed_gib"] - found["needed_gib"] > 2 * 14336 * 131072 / 2**30  # gate or up, and more
 

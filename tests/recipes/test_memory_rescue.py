@@ -12,8 +12,10 @@ from support.faults import Faults, more_positions_than
 from support.recipes import lora_section, recipe_config, set_up_recipe
 
 from nemo_automodel._transformers.recompute import known_policies
+from nemo_automodel.recipes import memory_rescue
 from nemo_automodel.recipes.memory_rescue import Limits, split_rows
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.memory import Memory
 
 NUM_STEPS = 4
 PACKED = {"packed_sequence": {"packed_sequence_size": 96}, "data_check": False}
@@ -211,6 +213,34 @@ def test_evaluation_is_split_and_leaves_gradients_alone(set_up):
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
     for p, grad in zip(recipe.model.parameters(), grads, strict=True):
         assert torch.equal(p.grad, grad)
+
+
+def test_rows_that_the_host_cannot_hold_are_split_before_anything_is_locked(set_up, monkeypatch):
+    more = {**PACKED, "model__fast_layers": "on", "distributed": {"activation_checkpointing": "full_offload"}}
+    expected = train(set_up("large", **more))
+    recipe = set_up("small", **more)
+    hidden, num_layers = recipe.model.config.hidden_size, len(recipe.model.model.layers)
+    row_bytes = num_layers * 4 * 96 * hidden  # float32, and a power of two times three
+    free = num_layers * 4 * 256 * hidden  # two rows take this much, as the allocator rounds up
+    assert 2 * row_bytes <= free < 4 * row_bytes
+    found = Memory(total=20 * free, available=2 * free, free=0, cached=0)
+    monkeypatch.setattr(memory_rescue, "read_memory", lambda: found)
+    faults = Faults(layer_of(recipe), "forward", lambda hidden: False)
+    assert_same_run(train(recipe), expected)
+    assert {rows for rows, _ in faults.shapes} == {2}
+
+
+def test_one_row_that_the_host_cannot_hold_ends_the_run(set_up, monkeypatch):
+    more = {**PACKED, "model__fast_layers": "on", "distributed": {"activation_checkpointing": "full_offload"}}
+    recipe = set_up(**more)
+    found = Memory(total=20, available=2, free=0, cached=0)
+    monkeypatch.setattr(memory_rescue, "read_memory", lambda: found)
+    with pytest.raises(UserError) as error:
+        recipe.run_train_validation_loop()
+    assert str(error.value).startswith(
+        "1 row × 96 tokens did not fit in memory (recomputed: full_offload; another 0.00 GiB of the host's memory "
+        "refused), and there is nothing left to split or to compute again. "
+    )
 
 
 # --- random numbers, resuming ----------------------------------------------------------------------------------------
