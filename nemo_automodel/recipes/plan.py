@@ -17,6 +17,7 @@ from nemo_automodel._transformers.outline import Outline, logits_copies, run_pla
 from nemo_automodel._transformers.recompute import known_policies
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
+from nemo_automodel.components.fast.config import parse_cuda_graphs
 from nemo_automodel.components.plan import memory, speed
 from nemo_automodel.components.plan.machines import GIB, Machine
 from nemo_automodel.components.plan.optimizers import OptimizerBytes, bytes_of
@@ -216,8 +217,17 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
         recompute=settings.distributed.recompute_policy(),
         mlp_tile_tokens=settings.distributed.mlp_tile_tokens,
         dropout=0.0 if settings.peft is None else float(settings.peft.get("dropout") or 0.0),
+        dropout_position="post" if settings.peft is None else str(settings.peft.get("dropout_position") or "post"),
+        may_record=_may_record(settings),
         logits_copies=logits_copies(found),
     ), notes
+
+
+def _may_record(settings: RunSettings) -> bool:
+    """Tell whether layers can be recorded: in rows of one length, as eight shapes of batches are recorded at most."""
+    has_one_length = bool(settings.packed_sequence.packed_sequence_size) or "mock" in str(settings.dataset["_target_"])
+    has_dora = settings.peft is not None and bool(settings.peft.get("use_dora"))
+    return has_one_length and not has_dora and parse_cuda_graphs(settings.model.get("cuda_graphs", "auto")) != "off"
 
 
 def _with_plain_run(load: Workload, found: Outline) -> Workload:
