@@ -135,7 +135,7 @@ def test_large_batches_and_full_cards_are_left_alone(recorder, settings, reason,
         train(recorded(CASES["adapters"][0](), recorder, **settings), [[whole(n)] for n in range(4)])
     assert recorder.num_recorded == 0
     assert why_not(caplog) == [f"not recorded as CUDA graphs: {reason}."]
-    assert {record.levelno for record in caplog.records} == {logging.INFO}
+    assert {r.levelno for r in caplog.records if "not recorded" in r.getMessage()} == {logging.INFO}
 
 
 def test_what_was_asked_for_is_recorded_on_a_full_card():
@@ -155,7 +155,8 @@ def test_policies_that_let_go_of_memory_in_the_middle_are_not_recorded(policy, c
     assert why_not(caplog) == [
         f"not recorded as CUDA graphs: `activation_checkpointing: {policy}` lets go of memory within a pass."
     ]
-    assert caplog.records[0].levelno == logging.WARNING  # somebody wrote `on`
+    (record,) = [record for record in caplog.records if "not recorded" in record.getMessage()]
+    assert record.levelno == logging.WARNING, "somebody wrote `on`"
 
 
 def test_gradients_that_somebody_waits_for_are_not_recorded(caplog):

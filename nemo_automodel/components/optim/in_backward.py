@@ -9,7 +9,8 @@ waited for: where they are not finite, nothing of the step is applied. What goes
 
 Memory that runs out in the middle would be seen too late as well, so a step may be rehearsed: all is computed and
 updated as in earnest, and after each update weights and optimizer state are put back from copies on the host. It takes
-as much memory as the step on the device, on the host as much as a layer's weights and state, and the time of a step.
+as much memory as the step on the device, on the host as much as a layer's weights and state, and the time of a step and
+of moving all weights there and back.
 """
 
 from __future__ import annotations
