@@ -1,13 +1,14 @@
 """Steps that do not fit, on a real GPU: the weights that come out, the time that is lost, the memory that stays.
 
-    python benchmarks/rescue.py [--cases split,fast,policy,auto] [--out results.json]
+    python benchmarks/rescue.py [--cases split,fast,policy,auto,in_backward] [--out results.json]
 
 Every case trains a model with random weights twice through the recipe: with all of the card, and with as little as a
 share of what that took, the rest being held by a tensor. **split**: all weights in fp32, the micro-batch must be cut;
 weights within 1e-6 of the first run. **fast**: LoRA in bf16 on fast layers of the shape of Llama-3.1-8B, cut as well.
 **policy**: one long row, so that more must be computed again. **auto**: `memory: auto` on such a share; the plan is
-right when no step fails. Printed are failures, differences, tokens a second before and after, and what is allocated
-at the end of both runs beside the weights.
+right when no step fails. **in_backward**: all weights in bf16, updated within the backward pass; the rehearsal of the
+first step must find the policy under which it fits. Printed are failures, differences, tokens a second before and
+after, and what is allocated at the end of both runs beside the weights.
 
 `--device cpu --small` runs the script itself on any machine, with a model hook in the place of a full card. Exit status
 1 when a check fails.
@@ -45,18 +46,21 @@ CASES: dict[str, dict[str, Any]] = {
     "fast": {"shape": "8b", "rows": 4, "seq_len": 4096, "dtype": "bfloat16", "share": 0.6, "peft": LORA},
     "policy": {"shape": "8b", "rows": 1, "seq_len": 16384, "dtype": "bfloat16", "share": 0.6, "peft": LORA},
     "auto": {"shape": "8b", "rows": 4, "seq_len": 4096, "dtype": "bfloat16", "share": 0.75, "peft": LORA},
+    "in_backward": {"shape": "8b", "rows": 4, "seq_len": 4096, "dtype": "bfloat16", "share": 0.6, "in_backward": True},
 }
 """``share``: of what the run takes beside what stays, the weights and the optimizer's state."""
 
 
 def config_of(case: dict[str, Any], directory: Path, is_small: bool, memory: str) -> ConfigNode:
-    """Return the configuration of a run of ``NUM_STEPS`` steps of two micro-batches."""
+    """Return the configuration of a run of ``NUM_STEPS`` steps of two micro-batches, one with updates in between."""
+    num_micro_batches = 1 if "in_backward" in case else 2
     shape = SHAPES["tiny" if is_small else case["shape"]]
     vocab_size, seq_len = (512, 32) if is_small else (32768, case["seq_len"])
     config = {
         "seed": 1,
         "step_scheduler": {
-            "global_batch_size": 2 * case["rows"], "local_batch_size": case["rows"], "max_steps": NUM_STEPS,
+            "global_batch_size": num_micro_batches * case["rows"], "local_batch_size": case["rows"],
+            "max_steps": NUM_STEPS,
         },
         "model": {
             "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_config",
@@ -79,6 +83,9 @@ def config_of(case: dict[str, Any], directory: Path, is_small: bool, memory: str
     }  # fmt: skip
     if "peft" in case:
         config["peft"] = case["peft"]
+    if "in_backward" in case:
+        config["optimizer"]["in_backward"] = True
+        config["clip_grad_norm"] = {"max_norm": None}
     if is_small:
         config["dist_env"] = {"backend": "gloo"}
     return ConfigNode(config)
@@ -166,7 +173,7 @@ def failed_checks(name: str, found: dict[str, Any], device: str) -> list[str]:
         wrong.append("nothing was chosen that needs less")
     if name != "auto" and not limits:
         wrong.append("no step failed: lower the share")
-    if name == "policy" and found["small"]["policy_at_the_end"] == "none":
+    if name in ("policy", "in_backward") and found["small"]["policy_at_the_end"] == "none":
         wrong.append("the policy did not change")
     if abs(found["small"]["allocated_gib"] - found["large"]["allocated_gib"]) > 0.1:
         wrong.append("memory of the failed attempt stayed")

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from nemo_automodel._transformers.assemble import recompute_activations
 from nemo_automodel.components.fast.decoder_layer import FastDecoderLayer
 from nemo_automodel.components.fast.linear import FusedLinear
+from nemo_automodel.components.fast.offload import host_bytes
 from nemo_automodel.components.fast.policies import POLICIES
 from nemo_automodel.shared.memory_policies import EXACT_POLICIES, PLAIN_POLICIES, RECOMPUTE_POLICIES
 
@@ -55,6 +56,12 @@ def switch_recompute(model: PreTrainedModel, policy: str) -> None:
     model._set_gradient_checkpointing(enable=False)
     if policy != "none":
         recompute_activations(model, policy)
+
+
+def host_bytes_of(model: PreTrainedModel, num_tokens: int) -> int:
+    """Return what ``full_offload`` keeps in the host's memory for a micro-batch of ``num_tokens``."""
+    token_bytes = model.dtype.itemsize
+    return sum(host_bytes(num_tokens, layer.fast_core.spec.hidden_size * token_bytes) for layer in _fast_layers(model))
 
 
 def _fast_layers(model: PreTrainedModel) -> list[FastDecoderLayer]:

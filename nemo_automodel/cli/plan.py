@@ -54,6 +54,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "needed_gib": round(plan.needed_bytes / GIB, 2),
         "usable_gib": round(plan.machine.usable_bytes / GIB, 2),
         "memory_gib": {name: round(value, 2) for name, value in plan.memory.terms().items()},
+        "step_host_gib": round(plan.step_host_gib, 2),
         "load_host_gib": round(plan.load_host_gib, 2),
         "load_device_gib": round(plan.load_device_gib, 2),
         "tokens_per_s": round(plan.speed.tokens_per_s),

@@ -37,57 +37,7 @@ def cross_entropy_(
     return run(logits_MV, labels_M, scale, ignore_index)
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        labels_N: torch.Tensor,
-        scale: torch.Tensor,
-        ignore_index: int,
-        chunk_rows: int,
-    ) -> torch.Tensor:
-        num_rows = hidden_ND.shape[0]
-        wants_grad = ctx.needs_input_grad[0]
-        grad_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if wants_grad else None
-        losses = []
-        for start in range(0, num_rows, chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits_MV = torch.mm(hidden_ND[rows], weight_VD.t())
-            losses.append(cross_entropy_(logits_MV, labels_N[rows], scale, ignore_index).sum())
-            if grad_ND is not None:
-                torch.mm(logits_MV, weight_VD, out=grad_ND[rows])
-            del logits_MV
-        ctx.grad_ND = grad_ND
-        return torch.stack(losses).sum() * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_ND, ctx.grad_ND = ctx.grad_ND, None
-        assert grad_ND is not None, "the gradient is scaled in place, so the backward pass runs once"
-        return grad_ND.mul_(grad_outputs[0].to(grad_ND.dtype)), None, None, None, None, None
-
-
-def frozen_head_loss(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    labels_N: torch.Tensor,
-    scale: torch.Tensor,
-    ignore_index: int,
-    chunk_rows: int = CHUNK_ROWS,
-) -> torch.Tensor:
-    """Return ``scale`` times the sum of the token losses, a fp32 scalar (float64 for float64).
-
-    ``scale`` is a scalar tensor on the device. The weight gets no gradient.
-    """
-    loss: torch.Tensor = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, labels_N, scale, ignore_index, chunk_rows
-    )
-    return loss
-
-
-class _TrainedHeadLoss(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -124,7 +74,8 @@ class _TrainedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad_ND, grad_VD, kept_NV), ctx.grads = ctx.grads, (None, None, None)
+        assert ctx.grads is not None, "gradients are scaled in place, so the backward pass runs once"
+        (grad_ND, grad_VD, kept_NV), ctx.grads = ctx.grads, None
         weight, incoming = ctx.weight, grad_outputs[0]
         if kept_NV is not None:
             (hidden_ND,) = ctx.saved_tensors
@@ -139,6 +90,24 @@ class _TrainedHeadLoss(torch.autograd.Function):
         return grad_ND, None, None, None, None, None
 
 
+def frozen_head_loss(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    scale: torch.Tensor,
+    ignore_index: int,
+    chunk_rows: int = CHUNK_ROWS,
+) -> torch.Tensor:
+    """Return ``scale`` times the sum of the token losses, a fp32 scalar (float64 for float64).
+
+    ``scale`` is a scalar tensor on the device. The weight gets no gradient.
+    """
+    loss: torch.Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD.detach(), labels_N, scale, ignore_index, chunk_rows
+    )
+    return loss
+
+
 def trained_head_loss(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -151,7 +120,7 @@ def trained_head_loss(
 
     ``weight_VD`` is a leaf, a parameter.
     """
-    loss: torch.Tensor = _TrainedHeadLoss.apply(  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, labels_N, scale, ignore_index, chunk_rows
     )
     return loss

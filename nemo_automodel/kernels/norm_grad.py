@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from nemo_automodel.kernels.jit import jit, next_power_of_2, num_warps_for, runs_triton, tl
-from nemo_automodel.kernels.rope import QKVLayout, turn
+from nemo_automodel.kernels.rope import QKVLayout, load_halves, turn
 
 _MAX_PIECES = 32
 _BLOCK_T, _BLOCK_N = 16, 128
@@ -153,11 +153,7 @@ def _head_norm_grad_kernel(
         row = (token % table_rows) * table_row + e
         cos = tl.load(cos_ptr + row, mask=(e < HALF) & lives, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + row, mask=(e < HALF) & lives, other=0.0).to(tl.float32)
-        x = tl.load(raw_ptr + token * raw_row + at, mask=mask & lives, other=0.0).to(tl.float32)
-        y = tl.load(raw_ptr + token * raw_row + at + HALF, mask=mask & lives, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            y += tl.load(bias_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        x, y = load_halves(raw_ptr, bias_ptr, token * raw_row + at, at, mask & lives, mask, HALF, HAS_BIAS)
         rstd_at = rstd_ptr + token * (NUM_Q + NUM_KV) + head
         rstd = tl.load(rstd_at, mask=(head < NUM_Q + NUM_KV) & lives, other=0.0)
         first += (c * cos + d * sin) * x * rstd

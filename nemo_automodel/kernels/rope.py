@@ -164,6 +164,17 @@ def rotate_qkv_backward_reference(
 
 
 @jit
+def load_halves(x_ptr, bias_ptr, at, bias_at, mask, bias_mask, HALF: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Load the first and the second half of heads as a projection left them, with its bias."""
+    first = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        first += tl.load(bias_ptr + bias_at, mask=bias_mask, other=0.0).to(tl.float32)
+        second += tl.load(bias_ptr + bias_at + HALF, mask=bias_mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@jit
 def _rope_forward_kernel(
     qkv_ptr,
     cos_ptr,
@@ -196,11 +207,8 @@ def _rope_forward_kernel(
     if HAS_BIAS:
         mask = (head < NUM_Q + 2 * NUM_KV) & inside
     at = head * HEAD + e
-    a = tl.load(qkv_ptr + token * qkv_row + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(qkv_ptr + token * qkv_row + at + HALF, mask=mask, other=0.0).to(tl.float32)
+    a, b = load_halves(qkv_ptr, bias_ptr, token * qkv_row + at, at, mask, mask, HALF, HAS_BIAS)
     if HAS_BIAS:
-        a += tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        b += tl.load(bias_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
         is_value = mask & (head >= NUM_Q + NUM_KV)
         tl.store(qkv_ptr + token * qkv_row + at, a.to(qkv_ptr.dtype.element_ty), mask=is_value)
         tl.store(qkv_ptr + token * qkv_row + at + HALF, b.to(qkv_ptr.dtype.element_ty), mask=is_value)
@@ -290,11 +298,7 @@ def _rope_backward_kernel(
     at = head * HEAD + e
     if HAS_NORM:
         mask = rotates & inside
-        x = tl.load(raw_ptr + token * raw_row + at, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(raw_ptr + token * raw_row + at + HALF, mask=mask, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            y += tl.load(bias_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        x, y = load_halves(raw_ptr, bias_ptr, token * raw_row + at, at, mask, mask, HALF, HAS_BIAS)
         rstd = tl.load(rstd_ptr + token * (NUM_Q + NUM_KV) + head, mask=rotates, other=0.0)
         x, y = x * rstd, y * rstd
         is_query = head < NUM_Q

@@ -261,7 +261,8 @@ class BaseRecipe:
         self.optimizer = build_optimizer(self.model, self._optimizer_target, self._optimizer_kwargs, self._overrides)
         self._in_backward: StepInBackward | None = None
         if self._steps_in_backward:
-            self._in_backward = self.engine.in_backward = StepInBackward(self.optimizer, tied_weights(self.model))
+            self._in_backward = StepInBackward(self.optimizer, tied_weights(self.model))
+            self.engine.step_in_backward(self._in_backward)
         # walking through a model's modules takes a millisecond, so it is not done in every step
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         config = self.settings.lr_scheduler

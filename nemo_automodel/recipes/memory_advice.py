@@ -48,7 +48,7 @@ class MemoryAdvice:
             return f"{said}."
         return f"{said}. Its update stays the same up to the order of sums. {self._consumers(misfit)}{key}"
 
-    def last_words(self, misfit: Misfit, rescues: bool, is_whole_step: bool) -> str:
+    def last_words(self, misfit: Misfit, rescues: bool) -> str:
         """Return the message of a run that ends: nothing was left to try, or nothing was to be tried."""
         if not rescues:
             key = self._smaller_batch(misfit, -(-misfit.num_rows // 2))
@@ -59,9 +59,7 @@ class MemoryAdvice:
             remedy = f"Set `memory.rescue: true`, which does such steps again in smaller parts, or {key}"
             return f"{misfit}. {self._consumers(misfit)}{remedy}"
         rule = ", and there is nothing left to split or to compute again"
-        if is_whole_step:
-            rule = ", and `optimizer.in_backward` does not let it be split"
-        return f"{misfit}{rule}. {self._consumers(misfit)}{self._remedies(misfit, is_whole_step)}"
+        return f"{misfit}{rule}. {self._consumers(misfit)}{self._remedies(misfit)}"
 
     def updated_already(self, misfit: Misfit) -> str:
         """Return the message of a run whose optimizer had updated some weights when memory ran out."""
@@ -90,10 +88,8 @@ class MemoryAdvice:
             fitting = max(1, schedule.local_batch_size // 2)
         return f"--step_scheduler.local_batch_size {fitting}"
 
-    def _remedies(self, misfit: Misfit, is_whole_step: bool) -> str:
+    def _remedies(self, misfit: Misfit) -> str:
         settings = self._settings
-        if is_whole_step:
-            return "Leave `in_backward` out, or make the global batch smaller."
         ways = ["shorten the rows"]
         if settings.packed_sequence.packed_sequence_size:
             ways = [f"--packed_sequence.packed_sequence_size {misfit.row_len // 2}"]

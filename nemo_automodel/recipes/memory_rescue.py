@@ -10,6 +10,10 @@ its first micro-batch. That costs a second at the failure and nothing before: in
 it but the state of the random numbers. What did not fit is remembered, by the number of positions, so that later
 batches are cut before they fail; a shorter row is computed as before.
 
+With updates inside the backward pass a step cannot be done again once a weight has changed. So a step with more
+positions than any before is rehearsed first (see `StepInBackward`), and what does not fit there has changed nothing.
+Its micro-batch is computed under leaner policies before it is cut, since its parts keep gradients of all weights.
+
 Exact up to the order of sums: loss, gradients, their norm, the update. Not the numbers of a larger device: dropout and
 NEFTune's noise, of which the parts of a micro-batch draw their own, as likely as any others and the same again in a
 resumed run; and FP8 where one scale is made for a whole micro-batch.
@@ -30,7 +34,7 @@ from transformers import PreTrainedModel
 
 from nemo_automodel._transformers.forward import LossFn
 from nemo_automodel._transformers.layer_graphs import forget_recordings
-from nemo_automodel._transformers.recompute import policies_from, switch_recompute
+from nemo_automodel._transformers.recompute import host_bytes_of, policies_from, switch_recompute
 from nemo_automodel.components.optim.in_backward import StepInBackward
 from nemo_automodel.components.training.step_dump import capture_random, restore_random
 from nemo_automodel.recipes.engine import EagerEngine, count_label_tokens
@@ -39,6 +43,7 @@ from nemo_automodel.recipes.memory_record import MemoryRecord
 from nemo_automodel.recipes.settings import RunSettings
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.memory import lockable_bytes, read_memory
 from nemo_automodel.shared.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -52,6 +57,8 @@ class Part:
 
     batch: Batch
     policy: str
+    ends_step: bool = False
+    """After it the gradients of the step are complete."""
 
     @property
     def num_rows(self) -> int:
@@ -67,12 +74,14 @@ class Part:
 class Limits:
     """The largest micro-batches that are tried, in positions, under each of ``policies``; the fastest comes first.
 
-    ``known`` are limits to begin with; it is kept up to date.
+    ``known`` are limits to begin with; it is kept up to date. With ``cuts_last`` a micro-batch is cut only where it
+    fits under no policy.
     """
 
-    def __init__(self, policies: Sequence[str], known: dict[str, int] | None = None) -> None:
+    def __init__(self, policies: Sequence[str], known: dict[str, int] | None = None, cuts_last: bool = False) -> None:
         self.policies = tuple(policies)
         self.most = {} if known is None else known
+        self.cuts_last = cuts_last
 
     def choose(self, num_rows: int, row_len: int) -> tuple[str, int]:
         """Return the policy for a micro-batch, and into how many parts it is cut."""
@@ -80,12 +89,18 @@ class Limits:
             most = self.most.get(policy)
             if most is None:
                 return policy, 1
-            if row_len <= most:
+            if row_len <= most and (num_rows * row_len <= most or self._may_cut(policy)):
                 return policy, -(-num_rows // (most // row_len))
         return self.policies[-1], num_rows  # did not fit, but memory may have become free
 
+    def _may_cut(self, policy: str) -> bool:
+        return not self.cuts_last or policy == self.policies[-1]
+
     def lower(self, num_rows: int, row_len: int, policy: str) -> bool:
         """Note what did not fit; return whether anything is left to try."""
+        if not self._may_cut(policy):
+            self.most[policy] = num_rows * row_len - 1
+            return True
         if num_rows > 1:
             self.most[policy] = -(-num_rows // 2) * row_len
             return True
@@ -111,9 +126,6 @@ class RescuingEngine(EagerEngine):
     the start and is written when more is found out; without ``rescues`` the first failure ends the run.
     """
 
-    in_backward: StepInBackward | None = None
-    """Updates weights within the backward pass, so that a micro-batch is the whole step and cannot be cut."""
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -130,6 +142,15 @@ class RescuingEngine(EagerEngine):
         self._limits = Limits(policies_from(model, policy), record.most_positions)
         self._eval_limits = Limits(("none",))
         self._has_advised = False
+        self._locked_bytes = 0
+        self._in_backward: StepInBackward | None = None
+        self._rehearsed: dict[str, int] = {}
+        """Positions of the largest step that fits, under each policy that was rehearsed."""
+
+    def step_in_backward(self, steps: StepInBackward) -> None:
+        """Have the weights updated within backward passes; a step is one micro-batch then."""
+        self._in_backward = steps
+        self._limits.cuts_last = True
 
     def forward_backward(self, batches: Sequence[Batch], num_label_tokens: int) -> torch.Tensor:
         """Leave the gradients of a step's micro-batches in the parameters' ``grad``; see `EagerEngine`.
@@ -141,13 +162,46 @@ class RescuingEngine(EagerEngine):
 
         def run(part: Part) -> torch.Tensor:
             self._compute_under(part.policy)
+            self._check_host(part)
+            if self._in_backward is not None:
+                self._in_backward.hold(not part.ends_step)
             return super(RescuingEngine, self).forward_backward([part.batch], num_label_tokens)
 
         def begin_again() -> None:
             self._drop_gradients()
             restore_random(random)
 
+        if self._in_backward is not None and self._rescues:
+            self._rehearse(batches, self._in_backward, run, begin_again)
         return self._sum_of_parts(batches, self._limits, run, begin_again)
+
+    def _rehearse(
+        self,
+        batches: Sequence[Batch],
+        steps: StepInBackward,
+        run: Callable[[Part], torch.Tensor],
+        begin_again: Callable[[], None],
+    ) -> None:
+        """Find out how a step larger than those before fits, while nothing of it is lasting."""
+        num_positions = sum(batch["input_ids"].numel() for batch in batches)
+        if num_positions <= self._rehearsed.get(next(self._parts(batches, self._limits)).policy, 0):
+            return
+
+        def run_to_the_end(part: Part) -> torch.Tensor:
+            loss = run(part)
+            if part.ends_step:
+                steps.finish()
+            return loss
+
+        with steps.rehearsal():
+            self._sum_of_parts(batches, self._limits, run_to_the_end, begin_again)
+        begin_again()
+        if not self._rehearsed:
+            logger.info(
+                "Memory: `optimizer.in_backward` cannot take its updates back, so steps larger than any before are "
+                "rehearsed first."
+            )
+        self._rehearsed[self._policy] = num_positions
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -186,29 +240,36 @@ class RescuingEngine(EagerEngine):
             begin_again()
 
     def _parts(self, batches: Sequence[Batch], limits: Limits) -> Iterator[Part]:
-        for batch in batches:
-            num_rows, row_len = batch["input_ids"].shape
-            if self._is_indivisible(limits):
-                policy, _ = limits.choose(1, num_rows * row_len)
-                yield Part(batch, policy)
-                continue
-            policy, num_parts = limits.choose(num_rows, row_len)
-            parts = [batch] if num_parts == 1 else split_rows(batch, num_parts)
-            yield from (Part(part, policy) for part in parts)
-
-    def _is_indivisible(self, limits: Limits) -> bool:
-        return self.in_backward is not None and limits is self._limits
+        for number, batch in enumerate(batches, 1):
+            policy, num_parts = limits.choose(*batch["input_ids"].shape)
+            *first, last = [batch] if num_parts == 1 else split_rows(batch, num_parts)
+            yield from (Part(part, policy) for part in first)
+            yield Part(last, policy, ends_step=number == len(batches))
 
     def _compute_under(self, policy: str) -> None:
         if policy != self._policy:
             switch_recompute(self._model, policy)
             self._policy = policy
 
+    def _check_host(self, part: Part) -> None:
+        """Refuse what the host cannot hold before it is page-locked, since the machine would not survive that.
+
+        Raises:
+            torch.OutOfMemoryError: the inputs of all layers do not fit in the host's memory.
+        """
+        if part.policy != "full_offload":
+            return
+        needed = host_bytes_of(self._model, part.num_rows * part.row_len)
+        more = needed - self._locked_bytes
+        if more > 0 and more > lockable_bytes(read_memory()):
+            raise torch.OutOfMemoryError(f"Tried to allocate {more / _GIB:.2f} GiB of the host's memory")
+        self._locked_bytes = max(needed, self._locked_bytes)  # it is kept for the next micro-batch
+
     def _drop_gradients(self) -> None:
         for parameter in self._model.parameters():
             parameter.grad = None
-        if self.in_backward is not None:
-            self.in_backward.begin()
+        if self._in_backward is not None:
+            self._in_backward.begin()
 
     def _make_room(self, failed: Part, words: str, limits: Limits) -> None:
         """Free what the failed attempt held, remember the limit, and say so.
@@ -222,14 +283,12 @@ class RescuingEngine(EagerEngine):
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if limits is self._limits and self.in_backward is not None and self.in_backward.has_updated:
+        if limits is self._limits and self._in_backward is not None and self._in_backward.has_updated:
             raise UserError(self._advice.updated_already(misfit))
-        whole = self._is_indivisible(limits)
-        size = (1, failed.num_rows * failed.row_len) if whole else (failed.num_rows, failed.row_len)
-        may_go_on = limits.lower(*size, failed.policy) and self._rescues
+        may_go_on = limits.lower(failed.num_rows, failed.row_len, failed.policy) and self._rescues
         if not may_go_on:
-            raise UserError(self._advice.last_words(misfit, self._rescues, whole))
-        policy, num_parts = limits.choose(*size)
+            raise UserError(self._advice.last_words(misfit, self._rescues))
+        policy, num_parts = limits.choose(failed.num_rows, failed.row_len)
         next_rows = -(-failed.num_rows // num_parts)
         logger.warning("%s", self._advice.on_rescue(misfit, policy, next_rows, is_first=not self._has_advised))
         self._has_advised = True
@@ -245,7 +304,7 @@ class RescuingEngine(EagerEngine):
 
 
 def _asked_for(words: str) -> str:
-    found = re.search(r"Tried to allocate ([\d.]+ \w+)", words)
+    found = re.search(r"Tried to allocate ([\d.]+ \w+(?: of the host's memory)?)", words)
     return found[1] if found else ""
 
 

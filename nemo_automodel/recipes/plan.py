@@ -17,6 +17,7 @@ from nemo_automodel._transformers.outline import Outline, logits_copies, run_pla
 from nemo_automodel._transformers.recompute import known_policies
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
+from nemo_automodel.components.fast.config import parse_cuda_graphs
 from nemo_automodel.components.plan import memory, speed
 from nemo_automodel.components.plan.machines import GIB, Machine
 from nemo_automodel.components.plan.optimizers import OptimizerBytes, bytes_of
@@ -59,13 +60,24 @@ class Plan:
         """Memory that counts against the machine's: on unified memory the host's as well, in a step and in loading."""
         if not self.machine.is_unified:
             return self.memory.total
-        in_step = self.memory.total + int(_host_gib(self.load) * GIB + memory.offloaded(self.load))
+        in_step = self.memory.total + int(self.step_host_gib * GIB)
         return max(in_step, int((self.load_host_gib + self.load_device_gib) * GIB))
 
     @property
     def fits(self) -> bool:
         """Whether the run fits."""
-        return self.needed_bytes <= self.machine.usable_bytes
+        return self.needed_bytes <= self.machine.usable_bytes and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether activations that wait on the host fit there, as far as its memory is known."""
+        host_gib = self.machine.host_gib
+        return host_gib is None or memory.offloaded(self.load) <= host_gib * GIB
+
+    @property
+    def step_host_gib(self) -> float:
+        """What a step needs of the host's memory, in GiB."""
+        return _host_gib(self.load) + memory.offloaded(self.load) / GIB
 
 
 def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -> Plan:
@@ -95,7 +107,8 @@ def plan_policies(settings: RunSettings, machine: Machine, seq_len: int | None =
     plans = [_plan_of(settings, found, load.changed(recompute=policy), notes, machine) for policy in policies]
     plans.sort(key=lambda plan: -plan.speed.tokens_per_s)
     if not any(plan.fits for plan in plans):
-        least = min(range(len(plans)), key=lambda number: plans[number].needed_bytes)
+        # activations that the host cannot hold are no way out
+        least = min(range(len(plans)), key=lambda n: (not plans[n].fits_host, plans[n].needed_bytes))
         plans[least] = _with_alternative(plans[least], settings, found)
     return plans
 
@@ -110,6 +123,16 @@ def predict(settings: RunSettings, rows: int, seq_len: int, policy: str) -> memo
     load, _ = _workload(settings, found, seq_len)
     with torch.enable_grad():  # the layers of the outline run backward, whoever asks
         return memory.peak(_with_plain_run(load.changed(rows=rows, seq_len=seq_len, recompute=policy), found))
+
+
+def offloaded_bytes(settings: RunSettings, seq_len: int | None = None) -> tuple[int, Workload]:
+    """Return how much of a micro-batch waits in the host's memory, and the micro-batch.
+
+    Raises:
+        UserError: as `plan_run`.
+    """
+    load, _ = _workload(settings, _outline(settings), seq_len)
+    return memory.offloaded(load), load
 
 
 def _plan_of(settings: RunSettings, found: Outline, load: Workload, notes: list[str], machine: Machine) -> Plan:
@@ -194,8 +217,17 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
         recompute=settings.distributed.recompute_policy(),
         mlp_tile_tokens=settings.distributed.mlp_tile_tokens,
         dropout=0.0 if settings.peft is None else float(settings.peft.get("dropout") or 0.0),
+        dropout_position="post" if settings.peft is None else str(settings.peft.get("dropout_position") or "post"),
+        may_record=_may_record(settings),
         logits_copies=logits_copies(found),
     ), notes
+
+
+def _may_record(settings: RunSettings) -> bool:
+    """Tell whether layers can be recorded: in rows of one length, as eight shapes of batches are recorded at most."""
+    has_one_length = bool(settings.packed_sequence.packed_sequence_size) or "mock" in str(settings.dataset["_target_"])
+    has_dora = settings.peft is not None and bool(settings.peft.get("use_dora"))
+    return has_one_length and not has_dora and parse_cuda_graphs(settings.model.get("cuda_graphs", "auto")) != "off"
 
 
 def _with_plain_run(load: Workload, found: Outline) -> Workload:
@@ -222,7 +254,7 @@ def _optimizer_bytes(settings: RunSettings, weight_bytes: int, notes: list[str])
 
 
 def _host_gib(load: Workload) -> float:
-    """Return what a step needs of the host's memory, in GiB."""
+    """Return what a process needs of the host's memory beside activations, in GiB."""
     return _PROCESS_GIB + (load.shape.num_embedding * load.weight_bytes / GIB if load.embeddings_on_host else 0)
 
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from nemo_automodel.components.config.later import LATER_SECTIONS, refuse_later_recipe
 from nemo_automodel.components.config.loader import ConfigNode, is_unread
-from nemo_automodel.components.config.schema import (
-    build,
-    check_keys,
-    check_target,
-    conform,
-    require_mapping,
-    show,
-)
-from nemo_automodel.components.datasets.config import DataCheckConfig, DataloaderConfig, PackedSequenceConfig
+from nemo_automodel.components.config.schema import check_keys, check_target, conform, require_mapping, show
 from nemo_automodel.components.distributed.config import DistributedConfig
 from nemo_automodel.components.fast.config import parse_cuda_graphs, parse_fast_layers, parse_kernels
 from nemo_automodel.components.training.config import StepSchedulerConfig
+from nemo_automodel.recipes.data_rules import is_validation
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
 from nemo_automodel.shared.imports import is_available, require
 
@@ -85,17 +77,6 @@ _PIPELINE_KEYS = (
 )
 _MOE_KEYS = ("ignore_router_for_ac", "reshard_after_forward", "lm_head_precision", "wrap_outer_model", "mp_policy")
 _MP_POLICY_KEYS = ("_target_", "param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
-_MEDIA_PACKING_KEYS = (
-    "pack_size",
-    "pretokenize",
-    "max_length",
-    "packing_ratio",
-    "balance_media_tokens",
-    "collate_max_length",
-    "attn_implementation",
-    "packing_format",
-    "post_tokenize_hook_fn",
-)
 _FREEZE_KEYS = (
     "freeze_vision_tower",
     "freeze_audio_tower",
@@ -103,7 +84,6 @@ _FREEZE_KEYS = (
     "freeze_video_embedder",
     "freeze_embeddings",
 )
-_COLLATE_NAMES = ("default", "default_collater")
 # keyword of the Python call → the section that sets it in a file
 _MODEL_KEYS_ELSEWHERE = {
     "activation_checkpointing": "distributed.activation_checkpointing",
@@ -147,8 +127,6 @@ _COMMON_MODEL_KEYS = (
 # shared/dtypes.py has the dtypes themselves and needs torch; a test keeps the two alike
 DTYPE_NAMES = ("bf16", "bfloat16", "fp16", "float16", "half", "fp32", "float32", "float", "fp64", "float64")
 _STORAGE_DTYPE_NAMES = ("uint8", "int8")
-_VALIDATION = "validation_dataset"
-_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 # --- the whole file --------------------------------------------------------------------------------------------------
@@ -182,7 +160,7 @@ def refuse_unknown(config: ConfigNode) -> None:
     """
     known = (*SECTIONS, *LATER_SECTIONS)
     for section in config:
-        if section in known or is_unread(section) or _is_validation(section):
+        if section in known or is_unread(section) or is_validation(section):
             continue
         near = did_you_mean(section, known) or f" Known sections: {', '.join(SECTIONS)}."
         raise ConfigError(f"`{section}`: unknown section `{section}`.{near} Correct or remove it.")
@@ -416,91 +394,3 @@ def check_in_backward(optimizer: ConfigNode, steps: StepSchedulerConfig, max_gra
             "`optimizer.in_backward: true` never has all gradients at once, and clipping is by the norm of all. Set "
             "`clip_grad_norm.max_norm: null`, or leave `in_backward` out."
         )
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def validation_datasets(config: ConfigNode) -> dict[str, ConfigNode]:
-    """Return the validation sets by name: the text after ``validation_dataset`` and a separator, or ``default``.
-
-    Raises:
-        ConfigError: a name twice, a name no file can carry, or a section that is not a mapping.
-    """
-    found: dict[str, ConfigNode] = {}
-    for key in filter(_is_validation, config.keys()):
-        name = key[len(_VALIDATION) + 1 :] if key != _VALIDATION else "default"
-        if not _SET_NAME.fullmatch(name):
-            raise ConfigError(f"`{key}`: `{name}` cannot name a validation set. Use letters, digits, _ and -.")
-        if config[key] is None:
-            continue
-        require_mapping(config[key], key)
-        if name in found:
-            raise ConfigError(f"`{key}`: there are two validation sets named `{name}`. Rename one of them.")
-        found[name] = config[key]
-    return found
-
-
-def _is_validation(section: str) -> bool:
-    rest = section.removeprefix(_VALIDATION)
-    return section == _VALIDATION or (rest != section and rest[0] in "_-.")
-
-
-def check_dataloader(loader: DataloaderConfig, name: str) -> None:
-    """Refuse collate functions that are not there, and loaders for other data.
-
-    Raises:
-        ConfigError: a collate function that is no name, path or mapping.
-        NotSupportedYetError: ``dataloader_type``, which belongs to Megatron's data.
-    """
-    if loader.dataloader_type is not None:
-        raise NotSupportedYetError(f"`{name}.dataloader_type` is not supported yet. Remove it.")
-    collate = loader.collate_fn
-    if isinstance(collate, ConfigNode):
-        check_target(collate, may_lack=True, place=f"{name}.collate_fn")
-    elif isinstance(collate, str) and "." in collate:
-        check_target(ConfigNode({"_target_": collate}, f"{name}.collate_fn"), may_lack=True)
-    elif collate is not None and collate not in _COLLATE_NAMES and not callable(collate):
-        raise ConfigError(
-            f"`{name}.collate_fn` is {show(collate)}, but it must be `default`, a dotted path or a mapping with "
-            "`_target_`. Change it."
-        )
-
-
-def packed_sequence(node: ConfigNode | None) -> PackedSequenceConfig:
-    """Build the packing section.
-
-    Raises:
-        NotSupportedYetError: keys for packing of images and sound.
-        ConfigError: whatever else is wrong with it.
-    """
-    for key in _MEDIA_PACKING_KEYS:
-        if node is not None and node.get(key) is not None:
-            raise NotSupportedYetError(
-                f"`packed_sequence.{key}`: packing of images is not supported yet. Remove it; the size of a row of "
-                "text is `packed_sequence_size`."
-            )
-    config = build(PackedSequenceConfig, node, "packed_sequence")
-    for key, value in (("num_proc", config.num_proc), ("max_packs", config.max_packs)):
-        if value is not None and value < 1:
-            raise ConfigError(f"`packed_sequence.{key}` is {value}, but it must be at least 1. Set it to 1.")
-    return config
-
-
-def data_check(config: ConfigNode) -> DataCheckConfig | None:
-    """Read ``data_check``: ``on``, ``off`` (YAML turns both into booleans), or a mapping; ``None`` is off.
-
-    Raises:
-        ConfigError: it is something else, or a value in it is wrong.
-    """
-    value = config.get("data_check")
-    if value is None or value is True or value == "on":
-        return DataCheckConfig()
-    if value is False or value == "off":
-        return None
-    if not isinstance(value, ConfigNode):
-        raise ConfigError(
-            f"`data_check` is {show(value)}, but it must be on, off or a mapping such as "
-            "`{max_truncated_share: 0.9}`. Change it, or leave it out for on."
-        )
-    return build(DataCheckConfig, value, "data_check")

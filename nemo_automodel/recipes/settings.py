@@ -30,6 +30,7 @@ from nemo_automodel.components.training.config import (
     StepSchedulerConfig,
     UnifiedMemoryConfig,
 )
+from nemo_automodel.recipes import data_rules
 from nemo_automodel.recipes import section_rules as rules
 from nemo_automodel.recipes.dataset_rules import TOKENIZER_RUNTIME, check_dataset, check_token_budget, single_sets
 from nemo_automodel.recipes.memory_rules import memory_settings
@@ -128,12 +129,12 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
     distributed = build(DistributedConfig, _section(config, "distributed"), "distributed")
     notices += rules.check_distributed(distributed, _section(config, "distributed"))
     notices += rules.check_switches(config)
-    validation_datasets = rules.validation_datasets(config)
+    validation_datasets = data_rules.validation_datasets(config)
     for node in (config["dataset"], *validation_datasets.values()):
         check_dataset(node)
     step_scheduler = build(StepSchedulerConfig, _section(config, "step_scheduler"), "step_scheduler")
     dataloader = _dataloader(config, "dataloader")
-    packed_sequence = rules.packed_sequence(_section(config, "packed_sequence"))
+    packed_sequence = data_rules.packed_sequence(_section(config, "packed_sequence"))
     notices += check_token_budget(step_scheduler, dataloader, packed_sequence, config)
     peft = _peft(config)
     checkpoint, is_default = _checkpoint(config, peft, validation_datasets, notices)
@@ -167,7 +168,7 @@ def _settings(config: ConfigNode, recipe: str | None, notices: list[str]) -> Run
         dataloader=dataloader,
         validation_dataloader=_dataloader(config, "validation_dataloader"),
         packed_sequence=packed_sequence,
-        data_check=rules.data_check(config),
+        data_check=data_rules.data_check(config),
         loss_guard=build(LossGuardConfig, _section(config, "loss_guard"), "loss_guard"),
         memory=memory_settings(config, notices),
         noise_alpha=_noise_alpha(config),
@@ -333,7 +334,7 @@ def _dataloader(config: ConfigNode, name: str) -> DataloaderConfig:
             node = node.copy()
             node.remove("_target_")
     loader = build(DataloaderConfig, node, name)
-    rules.check_dataloader(loader, name)
+    data_rules.check_dataloader(loader, name)
     return loader
 
 

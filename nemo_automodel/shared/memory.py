@@ -97,6 +97,11 @@ def default_floor(memory: Memory) -> int:
     return min(_MOST_FLOOR, int(memory.total * _FLOOR_SHARE))
 
 
+def lockable_bytes(memory: Memory) -> int:
+    """Return how much may be page-locked: never swapped out, so the same amount stays free as `default_floor` says."""
+    return max(0, memory.available - default_floor(memory))
+
+
 def process_bytes(key: str, proc: Path = Path("/proc")) -> int:
     """Return a line of this process's status, such as VmRSS or VmSwap, in bytes; 0 where there is none."""
     lines = (proc / "self" / "status").read_text(encoding="ascii", errors="replace").splitlines()

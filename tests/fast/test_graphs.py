@@ -7,6 +7,7 @@ for a recording to be right is the same. `benchmarks/graphs.py` compares the rea
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,12 @@ def train(model, batches: list[list[dict]], set_to_none: bool = True) -> list[fl
     return losses
 
 
+def why_not(caplog) -> list[str]:
+    """Return what the log says of passes that are computed without recordings."""
+    lines = [record.getMessage().removeprefix("Decoder layers: ") for record in caplog.records]
+    return [line for line in lines if line.startswith(("not recorded", "no longer"))]
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_is_the_same_to_the_last_bit(name, set_to_none):
@@ -109,26 +116,61 @@ def test_kinds_of_batches_are_recorded_each_and_then_no_more(monkeypatch, caplog
         assert train(model, batches) == train(plain, batches)
     assert recorder.num_recorded == 2 * 2 * NUM_LAYERS
     assert recorder.num_played == (2 + 2) * 2 * NUM_LAYERS
-    assert [record.args[:2] for record in caplog.records if "recorded as CUDA" in record.msg] == [(2, 5), (2, 7)]
+    assert [record.args[:2] for record in caplog.records if "kinds of batches" in record.msg] == [(2, 5), (2, 7)]
+    assert why_not(caplog) == [
+        "not recorded as CUDA graphs: batches of more than 2 kinds came, and the others are computed as ever."
+    ]
 
 
-def test_large_batches_and_full_cards_are_left_alone():
-    for recorder, settings in ((TapeRecorder(), {"max_tokens": 13}), (TapeRecorder(has_room=False), {})):
+@pytest.mark.parametrize(
+    ("recorder", "settings", "reason"),
+    [
+        (TapeRecorder(), {"max_tokens": 13.4}, "more than 13 tokens take longer to compute than to start"),
+        (TapeRecorder(), {"max_tokens": 0}, "how fast this card computes is not known, so `auto` leaves it"),
+        (TapeRecorder(has_room=False), {}, "2 x 7 tokens would take too much memory"),
+    ],
+)
+def test_large_batches_and_full_cards_are_left_alone(recorder, settings, reason, caplog):
+    with caplog.at_level(logging.INFO):
         train(recorded(CASES["adapters"][0](), recorder, **settings), [[whole(n)] for n in range(4)])
-        assert recorder.num_recorded == 0
+    assert recorder.num_recorded == 0
+    assert why_not(caplog) == [f"not recorded as CUDA graphs: {reason}."]
+    assert {r.levelno for r in caplog.records if "not recorded" in r.getMessage()} == {logging.INFO}
+
+
+def test_what_was_asked_for_is_recorded_on_a_full_card():
     recorder = TapeRecorder(has_room=False)
     train(recorded(CASES["adapters"][0](), recorder, is_asked=True), [[whole(n)] for n in range(4)])
     assert recorder.num_recorded == 2 * NUM_LAYERS
 
 
 @pytest.mark.parametrize("policy", ["sac1", "full_offload"])
-def test_policies_that_let_go_of_memory_in_the_middle_are_not_recorded(policy):
+def test_policies_that_let_go_of_memory_in_the_middle_are_not_recorded(policy, caplog):
     recorder = TapeRecorder()
     model = recorded(fast_model("llama", adapters_of(), torch.float32, policy), recorder, is_asked=True)
     plain = fast_model("llama", adapters_of(), torch.float32, policy)
     batches = [[whole(n)] for n in range(4)]
     assert train(model, batches) == train(plain, batches)
     assert recorder.num_recorded == 0
+    assert why_not(caplog) == [
+        f"not recorded as CUDA graphs: `activation_checkpointing: {policy}` lets go of memory within a pass."
+    ]
+    (record,) = [record for record in caplog.records if "not recorded" in record.getMessage()]
+    assert record.levelno == logging.WARNING, "somebody wrote `on`"
+
+
+def test_gradients_that_somebody_waits_for_are_not_recorded(caplog):
+    recorder = TapeRecorder()
+    model = recorded(CASES["all weights"][0](), recorder)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: None) for p in model.model.layers[1].parameters()]
+    with caplog.at_level(logging.INFO):
+        train(model, [[whole(n)] for n in range(4)])
+    assert recorder.num_recorded == 2  # the other layer
+    assert why_not(caplog) == [
+        "not recorded as CUDA graphs: a hook waits for single gradients, as under `optimizer.in_backward`."
+    ]
+    for hook in hooks:
+        hook.remove()
 
 
 def test_evaluation_between_steps_is_not_recorded_and_disturbs_nothing():
@@ -146,13 +188,35 @@ def test_evaluation_between_steps_is_not_recorded_and_disturbs_nothing():
     assert found[0] == found[1]
 
 
-def test_weights_that_move_are_computed_without_the_recording():
+def test_weights_that_move_are_computed_without_the_recording(caplog):
     plain, model = CASES["adapters"][0](), recorded(CASES["adapters"][0](), TapeRecorder())
     for one in (plain, model):
         train(one, [[whole(n)] for n in range(4)])
-        projection = one.model.layers[1].mlp.down_proj
-        projection.weight.data = projection.weight.data * 2
-    assert train(model, [[whole(7)]]) == train(plain, [[whole(7)]])
+        for layer in one.model.layers:
+            layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data * 2
+    batches = [[whole(7)], [whole(8)]]
+    assert train(model, batches) == train(plain, batches)
+    # once, not for each layer and step
+    assert why_not(caplog) == ["no longer computed by their CUDA graphs: weights have moved in memory."]
+
+
+def test_other_passes_of_a_kind_are_computed_without_the_recording(caplog):
+    plain, model = CASES["pre"][0](), recorded(CASES["pre"][0](), TapeRecorder())
+    found = []
+    for one in (plain, model):
+        losses = train(one, [[whole(n)] for n in range(4)])
+        one.eval()  # dropout off, and still on the way to gradients
+        losses += train(one, [[whole(4)]])
+        one.train()
+        one.get_input_embeddings().weight.requires_grad_(True)
+        found.append(losses + train(one, [[whole(5)]]))
+    assert found[0] == found[1]
+    assert why_not(caplog) == [
+        "no longer computed by their CUDA graphs: dropout was switched.",
+        "no longer computed by their CUDA graphs: a layer's input wants a gradient now and did not before, or the "
+        "other way round.",
+        "no longer computed by their CUDA graphs: a layer's input is not what the layer before it wrote.",
+    ]
 
 
 def test_gradients_given_from_outside_are_added_to():
@@ -223,7 +287,9 @@ def test_memory_between_recordings_is_what_their_pool_has_free(monkeypatch):
 
 def test_asking_for_graphs_without_a_gpu_is_an_error():
     layers = CASES["adapters"][0]().model.layers
-    with pytest.raises(UserError, match=r"`model.cuda_graphs: on` needs an NVIDIA GPU, and the model is on the cpu"):
+    with pytest.raises(UserError) as caught:
         record_layers(layers, "on", torch.device("cpu"))
+    page = Path(__file__).resolve().parents[2] / "docs/errors.md"
+    assert f"error: {caught.value}" in " ".join(page.read_text(encoding="utf-8").split())
     record_layers(layers, "auto", torch.device("cpu"))
     assert all(layer.graphs is None for layer in layers)

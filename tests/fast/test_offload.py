@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 
 import pytest
 import torch
 
 from nemo_automodel.components.fast import offload
-from nemo_automodel.components.fast.offload import HostCopies
+from nemo_automodel.components.fast.offload import HostCopies, HostCopy, host_bytes
 
 
 @pytest.fixture
@@ -59,3 +60,10 @@ def test_what_nobody_comes_for_is_gone():
     copy = host.put(x)
     assert copy.below is None
     assert host.take(copy) is x
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 4096, 4097, 8191, 8192 * 3 + 5])
+def test_what_the_host_holds_is_the_sum_of_its_pieces(num_tokens):
+    pieces = HostCopy(torch.empty(num_tokens, 4096, dtype=torch.bfloat16), None).pieces
+    rounded = [2 ** math.ceil(math.log2(piece.numel() * 2)) for piece in pieces]  # as torch's pinned allocator does
+    assert host_bytes(num_tokens, 2 * 4096) == sum(rounded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from support.autograd_bytes import bytes_kept
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers import outline
@@ -36,24 +37,13 @@ def test_fused_layers_keep_what_autograd_keeps(family):
         CONFIGS[family], peft_config=LORA, torch_dtype="float32", fast_layers="on", device="cpu"
     ).train()
     fused = [module for module in model.modules() if isinstance(module, FusedLinear)]
-    own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.base_model(input_ids=torch.zeros((2, 96), dtype=torch.long), use_cache=False)[0]
-        hidden.sum()
+    kept = bytes_kept(model, 2, 96)
     found = outline_of(family)
     assert found.why_plain is not None
     assert len(found.fused) == len(fused) > 0
     run = outline.run_plain(found, 2, 96, "none")
     # the ledger also sees what Python still holds, such as the last hidden state
-    assert run.kept == pytest.approx(sum(kept.values()), rel=0.07)
+    assert run.kept == pytest.approx(kept, rel=0.07)
     # A and B in the layers' dtype, ranks rounded up to 64
     copies = sum(4 * 64 * (layer.in_features + layer.out_features) for layer in fused)
     assert run.adapter_copies == copies

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.autograd_bytes import bytes_kept
 from support.fast_models import adapters_of, fast_model, trained_model
 from support.ledger import Ledger
 
@@ -75,21 +76,10 @@ def test_plain_layers_keep_what_autograd_keeps():
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.base_model(input_ids=torch.zeros((2, 96), dtype=torch.long), use_cache=False)[0]
-        hidden.sum()
+    kept = bytes_kept(model, 2, 96)
     found = outline.run_plain(outline.from_config(config, torch_dtype="float32"), 2, 96, "none")
     # the ledger also sees what Python still holds, such as the last hidden state
-    assert found.kept == pytest.approx(sum(kept.values()), rel=0.07)
+    assert found.kept == pytest.approx(kept, rel=0.07)
     assert found.written > 2 * found.kept
 
 

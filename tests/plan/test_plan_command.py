@@ -162,6 +162,21 @@ def test_full_training_that_does_not_fit_is_offered_a_smaller_optimizer(
     assert found["fits"]
 
 
+def test_layers_are_planned_as_recorded_in_rows_of_one_length(recipe, capsys):
+    """3.6 ms a layer and 12 ms a micro-batch is what the host takes to start them unrecorded."""
+    path = recipe(peft=PEFT, step_scheduler__local_batch_size=1)
+    words = ("--seq-len", "256", "--packed_sequence.packed_sequence_size")
+    _, packed = plan(capsys, path, *words, "256")
+    unrecorded = [
+        plan(capsys, path, "--seq-len", "256")[1],
+        plan(capsys, path, *words, "256", "--model.cuda_graphs", "off")[1],
+        plan(capsys, path, *words, "256", "--distributed.activation_checkpointing", "sac1")[1],
+    ]
+    for found in unrecorded:
+        assert found["tokens_per_s"] == pytest.approx(256 / (32 * 3.6e-3 + 12e-3), rel=0.01)
+    assert packed["tokens_per_s"] > 2 * unrecorded[0]["tokens_per_s"]
+
+
 def test_a_long_row_whose_inputs_wait_on_the_host(recipe, capsys):
     """2 bytes · 4096 · 32 layers · 131,072 tokens, beside a peak that tiles keep in bounds."""
     path = recipe(
@@ -170,6 +185,7 @@ def test_a_long_row_whose_inputs_wait_on_the_host(recipe, capsys):
     status, found = plan(capsys, path, "--seq-len", "131072")
     assert status == 0
     assert "The host holds 32.0 GiB of activations, page-locked." in found["notes"]
+    assert found["step_host_gib"] == 32 + 4  # and the process
     _, whole = plan(capsys, path, "--distributed.mlp_tile_tokens", "131072", "--seq-len", "131072")
     assert whole["needed_gib"] - found["needed_gib"] > 2 * 14336 * 131072 / 2**30  # gate or up, and more
 

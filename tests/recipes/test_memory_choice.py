@@ -23,6 +23,7 @@ from nemo_automodel.recipes.memory_record import MemoryRecord
 from nemo_automodel.recipes.plan import plan_policies, plan_run
 from nemo_automodel.recipes.settings import load_settings
 from nemo_automodel.shared.errors import ConfigError, UserError
+from nemo_automodel.shared.memory import Memory
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -138,6 +139,58 @@ def test_the_choice_is_set_recorded_and_kept_by_a_resume(config_of, tmp_path, mo
     assert again.distributed.recompute_policy() == "selective"
 
 
+def room_on_host(monkeypatch, module, gib: float) -> None:
+    """Have the host say that ``gib`` may be page-locked: a twentieth stays free."""
+    found = Memory(total=20 * GIB, available=int((gib + 1) * GIB), free=0, cached=0)
+    monkeypatch.setattr(module, "read_memory", lambda: found)
+
+
+def test_a_policy_that_the_host_has_no_memory_for_is_left_out(config_of):
+    settings = load_settings(config_of())
+    needed = {plan.load.recompute: plan.needed_bytes / GIB for plan in plan_policies(settings, card(1000))}
+    assert needed["full_offload"] < min(gib for policy, gib in needed.items() if policy != "full_offload")
+    inputs = 2 * 4096 * 4096 * 2 * 32 / GIB  # tokens, hidden size, bytes, layers
+    assert inputs == 2
+    free = needed["full"] + 0.1
+    for host_gib, expected in ((None, "full_offload"), (2.0, "full_offload"), (1.9, "full")):
+        plans = plan_policies(settings, replace(card(free), host_gib=host_gib))
+        offloading = next(plan for plan in plans if plan.load.recompute == "full_offload")
+        assert offloading.fits == (expected == "full_offload")
+        assert offloading.step_host_gib == 4 + 2
+        lean = [plan for plan in plans if plan.load.recompute in ("full", "full_offload")]
+        chosen = pick(sorted(lean, key=lambda plan: plan is not offloading))
+        assert chosen.load.recompute == expected
+    assert reason_of(chosen, [offloading, chosen]).endswith("; faster ones need more: full_offload 2.00 on the host.")
+
+
+def test_the_host_is_named_where_only_its_memory_is_missing(config_of):
+    settings, least = load_settings(config_of()), least_gib(config_of())
+    with pytest.raises(UserError) as error:
+        pick(plan_policies(settings, replace(card(least + 0.05), host_gib=1.5)))
+    said = str(error.value)
+    assert "(recomputed: full), and card has " in said
+    assert " full_offload would keep 2.00 GiB in the host's memory, where 1.50 can be page-locked. This fits: " in said
+
+
+@pytest.mark.parametrize(("rescue", "rows", "gib"), [(True, 1, 1.0), (False, 2, 2.0)])
+def test_what_was_asked_for_and_the_host_cannot_hold_is_one_line(config_of, monkeypatch, rescue, rows, gib):
+    settings = load_settings(
+        config_of(memory={"rescue": rescue}, distributed={"activation_checkpointing": "full_offload"})
+    )
+    room_on_host(monkeypatch, memory_choice, gib)
+    assert choose_policy(settings, CUDA, MemoryRecord(), None) is settings
+    room_on_host(monkeypatch, memory_choice, 0.5)
+    assert choose_policy(settings, torch.device("cpu"), MemoryRecord(), None) is settings
+    with pytest.raises(UserError) as error:
+        choose_policy(settings, CUDA, MemoryRecord(), None)
+    assert str(error.value) == (
+        f"`distributed.activation_checkpointing: full_offload` keeps {gib} GiB of layer inputs in the host's memory "
+        f"for {rows} × 4,096 tokens, and 0.5 GiB can be page-locked. Use full, sac1 or selective, shorter rows, or a "
+        "machine with more memory."
+    )
+    assert shape_of(f"error: {error.value}") in shape_of((DOCS / "errors.md").read_text(encoding="utf-8"))
+
+
 def test_without_auto_nothing_is_chosen(config_of):
     settings = load_settings(config_of(memory="fixed"))
     assert choose_policy(settings, CUDA, MemoryRecord(), None) is settings
@@ -189,7 +242,7 @@ def test_the_pages_show_what_is_printed(config_of):
         pick(plans)
     said = [
         advice.on_rescue(many, "none", 4, is_first=True),
-        f"error: {advice.last_words(one, rescues=True, is_whole_step=False)}",
+        f"error: {advice.last_words(one, rescues=True)}",
         f"error: {advice.updated_already(many)}",
         f"error: {str(nothing_fits.value).partition(' This fits:')[0]}",
     ]

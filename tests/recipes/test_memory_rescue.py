@@ -12,8 +12,10 @@ from support.faults import Faults, more_positions_than
 from support.recipes import lora_section, recipe_config, set_up_recipe
 
 from nemo_automodel._transformers.recompute import known_policies
+from nemo_automodel.recipes import memory_rescue
 from nemo_automodel.recipes.memory_rescue import Limits, split_rows
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.memory import Memory
 
 NUM_STEPS = 4
 PACKED = {"packed_sequence": {"packed_sequence_size": 96}, "data_check": False}
@@ -213,6 +215,34 @@ def test_evaluation_is_split_and_leaves_gradients_alone(set_up):
         assert torch.equal(p.grad, grad)
 
 
+def test_rows_that_the_host_cannot_hold_are_split_before_anything_is_locked(set_up, monkeypatch):
+    more = {**PACKED, "model__fast_layers": "on", "distributed": {"activation_checkpointing": "full_offload"}}
+    expected = train(set_up("large", **more))
+    recipe = set_up("small", **more)
+    hidden, num_layers = recipe.model.config.hidden_size, len(recipe.model.model.layers)
+    row_bytes = num_layers * 4 * 96 * hidden  # float32, and a power of two times three
+    free = num_layers * 4 * 256 * hidden  # two rows take this much, as the allocator rounds up
+    assert 2 * row_bytes <= free < 4 * row_bytes
+    found = Memory(total=20 * free, available=2 * free, free=0, cached=0)
+    monkeypatch.setattr(memory_rescue, "read_memory", lambda: found)
+    faults = Faults(layer_of(recipe), "forward", lambda hidden: False)
+    assert_same_run(train(recipe), expected)
+    assert {rows for rows, _ in faults.shapes} == {2}
+
+
+def test_one_row_that_the_host_cannot_hold_ends_the_run(set_up, monkeypatch):
+    more = {**PACKED, "model__fast_layers": "on", "distributed": {"activation_checkpointing": "full_offload"}}
+    recipe = set_up(**more)
+    found = Memory(total=20, available=2, free=0, cached=0)
+    monkeypatch.setattr(memory_rescue, "read_memory", lambda: found)
+    with pytest.raises(UserError) as error:
+        recipe.run_train_validation_loop()
+    assert str(error.value).startswith(
+        "1 row × 96 tokens did not fit in memory (recomputed: full_offload; another 0.00 GiB of the host's memory "
+        "refused), and there is nothing left to split or to compute again. "
+    )
+
+
 # --- random numbers, resuming ----------------------------------------------------------------------------------------
 
 
@@ -263,22 +293,69 @@ IN_BACKWARD = {
 }
 
 
-def test_a_step_within_the_backward_pass_is_not_split_but_computed_again(set_up):
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_a_step_within_the_backward_pass_is_computed_again_before_it_is_split(set_up, place):
     expected = train(set_up("large", **IN_BACKWARD))
     recipe = set_up("small", **IN_BACKWARD)
-    core = layer_of(recipe, 1).fast_core
-    faults = Faults(layer_of(recipe, 1), "forward", lambda hidden: core.recompute == "none")
-    assert_same_run(train(recipe), expected)
+    core = layer_of(recipe, 0).fast_core
+    faults = Faults(layer_of(recipe, 0), place, lambda hidden: core.recompute == "none")
+    assert_same_run(train(recipe), expected, tolerance=0)
     assert faults.num_raised == 1
     assert {rows for rows, _ in faults.shapes} == {4}
     assert core.recompute == "selective"
 
 
+def test_a_step_within_the_backward_pass_is_split_where_no_policy_is_enough(set_up):
+    expected = train(set_up("large", **IN_BACKWARD))
+    recipe = set_up("small", **IN_BACKWARD)
+    faults = Faults(layer_of(recipe, 0), "backward", lambda hidden: hidden.shape[0] > 2)
+    assert_same_run(train(recipe), expected)
+    known = known_policies(is_fast=True)
+    assert [rows for rows, _ in faults.shapes].count(4) == faults.num_raised == len(known)
+    assert {rows for rows, _ in faults.shapes} == {4, 2}
+    assert layer_of(recipe).fast_core.recompute == known[-1]
+
+
+def test_a_rehearsal_changes_no_bit_and_comes_before_larger_steps_only(set_up, caplog):
+    more = {**IN_BACKWARD, "step_scheduler__local_batch_size": 4, "optimizer___target_": "adamw"}
+    plain = set_up("plain", memory={"rescue": False}, **more)
+    expected = train(plain)
+    recipe = set_up("rehearsed", **more)
+    faults = Faults(layer_of(recipe), "forward", lambda hidden: False)
+    with caplog.at_level(logging.INFO):
+        assert_same_run(train(recipe), expected, tolerance=0)
+    largest, num_passes = 0, []
+    lengths = [length for _, length in faults.shapes]
+    while lengths:
+        times = 2 if lengths[0] > largest else 1
+        assert lengths[:times] == [lengths[0]] * times
+        largest, lengths = max(largest, lengths[0]), lengths[times:]
+        num_passes.append(times)
+    assert len(num_passes) == NUM_STEPS
+    assert num_passes[0] == 2
+    assert caplog.text.count("steps larger than any before are rehearsed first.") == 1
+
+
 def test_weights_that_were_updated_cannot_be_taken_back(set_up):
+    """Memory that was there in the rehearsal may be gone: another process took it."""
     recipe = set_up(**IN_BACKWARD)
-    Faults(layer_of(recipe), "backward", lambda hidden: True)
+    calls = []
+
+    def second_call(hidden):
+        calls.append(hidden)
+        return len(calls) == 2
+
+    Faults(layer_of(recipe), "backward", second_call)
     with pytest.raises(UserError, match=r"`optimizer.in_backward` had updated some weights by then, so the step"):
         recipe.run_train_validation_loop()
+
+
+def test_nothing_is_rehearsed_without_rescue(set_up):
+    recipe = set_up(memory={"rescue": False}, **IN_BACKWARD)
+    faults = Faults(layer_of(recipe), "backward", lambda hidden: True)
+    with pytest.raises(UserError, match=r"`optimizer.in_backward` had updated some weights by then, so the step"):
+        recipe.run_train_validation_loop()
+    assert faults.num_raised == 1
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -308,3 +385,16 @@ def test_limits_count_positions():
     assert limits.lower(1, 300, "selective")
     assert not limits.lower(1, 300, "full")
     assert limits.choose(2, 300) == ("full", 2)
+
+
+def test_limits_that_cut_last():
+    limits = Limits(("none", "full"), cuts_last=True)
+    assert limits.lower(4, 100, "none")
+    assert limits.choose(4, 100) == ("full", 1)
+    assert limits.choose(3, 133) == ("none", 1)
+    assert limits.lower(4, 100, "full")
+    assert limits.choose(4, 100) == ("full", 2)
+    assert limits.choose(3, 133) == ("none", 1)
+    assert limits.lower(2, 100, "full")
+    assert limits.choose(4, 100) == ("full", 4)
+    assert not limits.lower(1, 100, "full")

@@ -18,7 +18,7 @@ from support.recipes import lora_section, recipe_config, set_up_recipe
 from support.tiny import make_model_dir, write_squad
 
 from nemo_automodel.components.checkpoint.witness import read_witness
-from nemo_automodel.components.datasets.loader import EpochBatchSampler
+from nemo_automodel.components.datasets.epoch_order import EpochBatchSampler
 from nemo_automodel.shared.errors import ConfigError, UserError
 
 NUM_ROWS = 18

@@ -12,7 +12,7 @@ frees the next one uses, and activations take as much memory as without graphs.
 
 A recording is of shapes too. Each kind of batch (`Kind`) is computed twice without, and recorded the third time it
 comes; after `MAX_KINDS` kinds, others are computed as ever. One pass at a time: the backward pass must come before the
-next forward pass of its kind.
+next forward pass of its kind. Whatever keeps a pass from being recorded, or from being replayed later, is logged once.
 
 Shapes: T tokens, D hidden size.
 """
@@ -160,19 +160,30 @@ class Graphs:
     max_tokens: float = math.inf
     is_asked: bool = False
     shared: dict[Kind, _Shared | None] = field(default_factory=dict)
+    _noted: set[str] = field(default_factory=set)
+
+    def note(self, reason: str, was_recorded: bool = False) -> None:
+        """Say why passes are computed without recordings, each reason once: loudly where somebody counts on them."""
+        if reason in self._noted:
+            return
+        self._noted.add(reason)
+        level = logging.WARNING if was_recorded or self.is_asked else logging.INFO
+        what = "no longer computed by their CUDA graphs" if was_recorded else "not recorded as CUDA graphs"
+        logger.log(level, "Decoder layers: %s: %s.", what, reason)
 
     def share(self, kind: Kind, call: _Call, x_TD: torch.Tensor) -> _Shared | None:
         """Return what the layers share for a kind; None where it is not to be recorded."""
         if kind in self.shared:
             return self.shared[kind]
-        if len(x_TD) > self.max_tokens or len(self.shared) == MAX_KINDS:
+        if len(x_TD) > self.max_tokens:
+            worth = f"more than {self.max_tokens:,.0f} tokens take longer to compute than to start"
+            self.note(worth if self.max_tokens else "how fast this card computes is not known, so `auto` leaves it")
+            return None
+        if len(self.shared) == MAX_KINDS:
+            self.note(f"batches of more than {MAX_KINDS} kinds came, and the others are computed as ever")
             return None
         if not self.recorder.has_room() and not self.is_asked:
-            logger.info(
-                "Decoder layers: not recorded as CUDA graphs for %d x %d tokens, which would take too much memory.",
-                call.num_rows,
-                call.seq_len,
-            )
+            self.note(f"{call.num_rows} x {call.seq_len} tokens would take too much memory")
             self.shared[kind] = None
             return None
         places = tuple(_Place(tensor.clone(memory_format=torch.contiguous_format)) for tensor in _read_by(call))
@@ -218,8 +229,10 @@ class LayerGraphs:
 
     def forward(self, x_TD: torch.Tensor, core: DecoderCore, call: _Call, drops: bool) -> torch.Tensor | None:
         """Return the layer's output ``[T, D]``, None where this pass is not to be replayed: compute it as ever."""
-        kind = kind_of(x_TD, core, call) if _may_record(core) else None
+        obstacle = _obstacle(core)
+        kind = kind_of(x_TD, core, call) if obstacle is None else None
         if kind is None:
+            self.graphs.note(obstacle or "their attention cannot be recorded")
             return None
         core.prepare()
         recording = self._recordings.get(kind)
@@ -229,19 +242,27 @@ class LayerGraphs:
             if shared is None:
                 return None
             recording = self._recordings[kind] = _Recording(self.graphs, shared, core, call, drops, self._grads)
-        if not recording.fits(x_TD, core, drops):
+        change = recording.change(x_TD, core, drops)
+        if change is not None:
+            self.graphs.note(change, was_recorded=True)
             return None
         weights = core.parameters()
         y_TD: torch.Tensor = _ReplayFunction.apply(x_TD, recording, call, *weights)  # type: ignore[no-untyped-call]
         return y_TD
 
 
-def _may_record(core: DecoderCore) -> bool:
-    """Tell whether nobody waits for single gradients and all of the layer's places stay where they are."""
+def _obstacle(core: DecoderCore) -> str | None:
+    """Return why nothing can be recorded: somebody waits for single gradients, or some places do not stay."""
     policy = core.policy
-    if core.has_row_scales or policy.offloads or not policy.keeps_qkv or not is_alone():
-        return False
-    return not any(p._post_accumulate_grad_hooks or p._backward_hooks for p in core.parameters())
+    if core.has_row_scales:
+        return "DoRA makes the scales of its rows anew in every pass"
+    if policy.offloads or not policy.keeps_qkv:
+        return f"`activation_checkpointing: {core.recompute}` lets go of memory within a pass"
+    if not is_alone():
+        return "several processes exchange their gradients within a pass"
+    if any(p._post_accumulate_grad_hooks or p._backward_hooks for p in core.parameters()):
+        return "a hook waits for single gradients, as under `optimizer.in_backward`"
+    return None
 
 
 class _Grads:
@@ -303,13 +324,19 @@ class _Recording:
         self._replay_backward: Run | None = None
         self.pass_number = 0
 
-    def fits(self, x_TD: torch.Tensor, core: DecoderCore, drops: bool) -> bool:
-        """Tell whether the recording computes this pass: all that it reads is where it was, or can be put there."""
-        if core.drops(drops) != self._drops or core.addresses() != self._weight_places:
-            return False
+    def change(self, x_TD: torch.Tensor, core: DecoderCore, drops: bool) -> str | None:
+        """Return why the recording does not compute this pass; None if all it reads is, or can be put, in its place."""
+        if core.drops(drops) != self._drops:
+            return "dropout was switched"
+        if core.addresses() != self._weight_places:
+            return "weights have moved in memory"
         if self._replay_forward is None:
-            return True
-        return x_TD.requires_grad == self._wants_dx and (x_TD.data_ptr() == self._x_place or self._is_first)
+            return None
+        if x_TD.requires_grad != self._wants_dx:
+            return "a layer's input wants a gradient now and did not before, or the other way round"
+        if x_TD.data_ptr() != self._x_place and not self._is_first:
+            return "a layer's input is not what the layer before it wrote"
+        return None
 
     @property
     def _is_first(self) -> bool:

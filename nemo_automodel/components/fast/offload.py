@@ -67,6 +67,17 @@ class HostCopy:
         return self.on_device
 
 
+def host_bytes(num_tokens: int, token_bytes: int) -> int:
+    """Return what a matrix of ``num_tokens`` rows takes on the host; its allocator rounds up to powers of two."""
+    rows = max(1, _PIECE_BYTES // max(1, token_bytes))
+    num_pieces, rest = divmod(num_tokens, rows)
+    return num_pieces * _power_of_two(rows * token_bytes) + _power_of_two(rest * token_bytes)
+
+
+def _power_of_two(num_bytes: int) -> int:
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
 class HostCopies:
     """The copies of a model's layers, in the order in which the layers run."""
 

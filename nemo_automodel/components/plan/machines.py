@@ -32,6 +32,9 @@ class Machine:
     reserve_gib: float = 1.2
     """What the driver, the libraries and the gaps between allocations take."""
 
+    host_gib: float | None = None
+    """What of the host's memory may be page-locked; ``None``: not known."""
+
     @property
     def usable_bytes(self) -> int:
         """Memory that tensors can have."""

@@ -74,6 +74,7 @@ def peak(load: Workload) -> Memory:
     trainable = trained * own + gradients * load.trainable_bytes
     activations, loss, layer = _kept(load), _loss_working(load), _layer_peak(load)
     working = max(loss, layer)
+    scratch = _scratch(load)
     if load.is_full and load.grad_accum == 1:
         activations, working = max(0, activations + loss - trainable - layer), layer
     if load.steps_in_backward:
@@ -86,7 +87,7 @@ def peak(load: Workload) -> Memory:
         trainable=int(trainable),
         optimizer=int(trained * load.state_bytes),
         activations=int(activations),
-        working=int(working + _LIBRARY_BYTES),
+        working=int(working + scratch + _LIBRARY_BYTES),
     )
 
 
@@ -197,20 +198,44 @@ def _loss_working(load: Workload) -> float:
 
 
 def _layer_peak(load: Workload) -> float:
-    """Return what a layer's backward pass needs beside what is kept."""
+    """Return what the widest moment of a layer's backward pass needs beside what is kept."""
     if load.plain is not None:
-        return load.plain.working + _scratch(load)
+        return load.plain.working
+    # of the hidden states around the layers only a gradient is left by then
+    gone = 2 * load.tokens * load.shape.hidden_size * load.weight_bytes
+    return max(_mlp_turn(load), _attention_turn(load)) + _weight_grad_operands(load) - gone
+
+
+def _mlp_turn(load: Workload) -> float:
+    """Return what the backward pass of one fast layer's MLP needs, all that was made again beside it."""
+    stream = load.tokens * load.shape.hidden_size * load.weight_bytes
     tile, is_all = load.mlp_tokens, load.makes_again == "all"
-    kept = load.tokens * _fast_kept(load, keeps_gate_up=tile == load.tokens) if is_all else 0
     if tile == load.tokens:
-        has_gate_up = is_all or load.recompute == "none"
-        return load.tokens * _layer_working(load, has_gate_up) + kept + _scratch(load)
-    shape = load.shape
-    stream = load.tokens * shape.hidden_size * load.weight_bytes  # the gradient of the middle, for all tiles
-    mlp = tile * _layer_working(load, has_gate_up=load.recompute == "none") + stream
-    # attention's own turn: gradients of its output, of queries, keys and values, and of the packed projection
-    heads = load.tokens * (3 * shape.q_width + 4 * shape.kv_width) * load.weight_bytes
-    return max(mlp, heads + stream) + kept + _scratch(load)
+        working = load.tokens * _layer_working(load, has_gate_up=is_all or load.recompute == "none")
+    else:  # the gradient of the middle, for all tiles
+        working = tile * _layer_working(load, has_gate_up=load.recompute == "none") + stream
+    # what was made again, without the layer's input, which was there
+    again = load.tokens * _fast_kept(load, keeps_gate_up=tile == load.tokens) - stream if is_all else 0
+    return working + again
+
+
+def _attention_turn(load: Workload) -> float:
+    """Return what the backward pass of one fast layer's attention needs; the MLP's share of what is kept is gone.
+
+    Beside the gradients: cuDNN and FlashAttention add up that of the queries in fp32, and where query heads share keys
+    and values they make gradients of these for every query head first. With both, the peak that
+    `benchmarks/results/row_128k_h100.json` measured is planned to 0.3 %.
+    """
+    shape, tokens = load.shape, load.tokens
+    stream = tokens * shape.hidden_size * load.weight_bytes
+    # gradients of the middle, of attention's output, of queries, keys and values, and of the packed projection
+    elements = shape.hidden_size + 3 * shape.q_width + 4 * shape.kv_width
+    elements += 2 * shape.q_width if shape.num_heads != shape.num_kv_heads else 0
+    working = tokens * (elements * load.weight_bytes + 4 * shape.q_width + 8 * shape.num_heads) - stream
+    if load.makes_again == "all":
+        return working + tokens * _fast_kept(load, keeps_gate_up=False) - stream
+    # gate and up were kept and are gone; queries, keys and values were not and are there again
+    return working + tokens * (_fast_kept(load, keeps_gate_up=False) - fast_kept(load, load.recompute))
 
 
 def _layer_working(load: Workload, has_gate_up: bool) -> float:
@@ -225,16 +250,20 @@ def _layer_working(load: Workload, has_gate_up: bool) -> float:
 
 
 def _scratch(load: Workload) -> float:
-    """Return what unpacking the widest frozen matrix takes."""
+    """Return what unpacking the widest frozen matrix takes; it is kept from product to product."""
     if load.plain is not None:
         largest = max(linear.num_in * linear.num_out for linear in load.shape.linears)
     else:
         largest = max(num_in * num_out for num_in, num_out, _, _ in _packs(load))
     if load.store == "nf4":
         return largest * (1 if load.computes_in_fp8 else load.weight_bytes)
-    if load.store != "fp8":
+    return largest if load.store == "fp8" and load.fp8_copies < 2 else 0
+
+
+def _weight_grad_operands(load: Workload) -> float:
+    """Return what gradients of weights in 8 bits take: both operands turned round, the product before it is added."""
+    if load.store != "fp8" or not (load.is_full and load.fp8_weight_grads):
         return 0
-    # with weight gradients in 8 bits: both operands again, turned round, and the product before it is added
-    widest = max(num_in + num_out for num_in, num_out, _, _ in _packs(load))
-    product = widest * load.tokens + largest * load.trainable_bytes if load.is_full and load.fp8_weight_grads else 0
-    return product + (largest if load.fp8_copies < 2 else 0)
+    packs = _packs(load)
+    largest = max(num_in * num_out for num_in, num_out, _, _ in packs)
+    return max(num_in + num_out for num_in, num_out, _, _ in packs) * load.tokens + largest * load.trainable_bytes

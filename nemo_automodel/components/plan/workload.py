@@ -132,6 +132,9 @@ class Workload:
     document_len: int | None = None
     """Mean tokens of a document in a packed row; None: a row is one document."""
     dropout: float = 0.0
+    dropout_position: str = "post"
+    may_record: bool = True
+    """Batches have one shape, and nobody turned recordings off."""
     logits_copies: int = 0
     """Whole logits that are there at once; 0: output head and loss are one step, which needs a chunk."""
     plain: PlainRun | None = None
@@ -152,6 +155,11 @@ class Workload:
         """What is computed twice: none, gate_up, qkv_gate_up or all."""
         again = {"selective": "gate_up", "sac2": "gate_up", "sac1": "qkv_gate_up"}
         return "all" if self.recompute.startswith("full") else again.get(self.recompute, "none")
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the fast layers are started whole, where the host would be slower than the GPU."""
+        return self.may_record and not self.steps_in_backward and self.recompute not in ("sac1", "full_offload")
 
     @property
     def num_trainable(self) -> int:
