@@ -50,7 +50,7 @@ from nemo_automodel.components.fast.watch import Watch
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
 from nemo_automodel.components.training.memory_watch import device_shares_memory
-from nemo_automodel.kernels.weight_grad import is_alone
+from nemo_automodel.kernels.weight_grad import may_write_grads
 from nemo_automodel.shared.dtypes import dtype_name
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.memory_policies import PLAIN_POLICIES
@@ -274,7 +274,7 @@ def _obstacle_in_request(model: PreTrainedModel, request: FastRequest) -> str | 
     reasons = {
         "`force_hf: true`": request.force_hf,
         "`fast_layers: off`": request.wish == "off",
-        "all weights are trained by several processes": peft is None and not is_alone(),
+        "all weights are trained by several processes": peft is None and not may_write_grads(),
         "the layers are compiled instead": request.is_compiled,
         "`qat` rounds weights in the linear layers": request.fake_quantizes,
         f"`distributed.autocast_dtype: {request.autocast_dtype}`": request.autocast_dtype is not None,

@@ -24,7 +24,7 @@ from nemo_automodel.components.loss.te_parallel_ce import TEParallelCrossEntropy
 from nemo_automodel.components.loss.token_loss import at_least_one, default_chunk_rows
 from nemo_automodel.kernels.jit import HAS_TRITON, runs_triton
 from nemo_automodel.kernels.linear_ce import CHUNK_ROWS, frozen_head_loss, trained_head_loss
-from nemo_automodel.kernels.weight_grad import is_alone
+from nemo_automodel.kernels.weight_grad import may_write_grads
 
 Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Token ids of one row → hidden states ``[1, D]`` and logits ``[1, V]`` of its last token."""
@@ -67,7 +67,7 @@ def obstacle(model: PreTrainedModel, head: nn.Module) -> str | None:
     """Return why the head and the loss cannot be one step, as far as that shows before anything is computed."""
     if not is_one_matrix(head):
         return "the head has a bias, an adapter or packed weights"
-    if head.weight.requires_grad and not is_alone():
+    if head.weight.requires_grad and not may_write_grads():
         return "the head is trained by several processes"
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         return "the model caps its logits"

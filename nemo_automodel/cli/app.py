@@ -8,16 +8,20 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from nemo_automodel import __version__
+from nemo_automodel.cli.launch import launch
 from nemo_automodel.components.config.run_safely import run_safely
 from nemo_automodel.shared.errors import NotSupportedYetError, UserError, did_you_mean
+from nemo_automodel.shared.processes import was_started_as_rank
+
+if TYPE_CHECKING:
+    from nemo_automodel.recipes.settings import RunSettings
 
 __all__ = ["main", "run_safely"]
 
@@ -50,7 +54,7 @@ Fine-tune a Hugging Face language model as a YAML file says. Every --section.key
 
 options:
   -c, --config PATH        the config file
-  --nproc-per-node N       processes on this machine (1 for now)
+  --nproc-per-node N       processes on this machine, one a GPU; all GPUs when left out
   --allow-target PREFIX    let the file name callables of one more package; may be repeated
   --debug                  show the traceback of an error
   --version                show the version
@@ -80,7 +84,7 @@ def _dispatch(words: list[str]) -> int:
     if first in _TASKS:
         return _run_task(first, rest)
     if first.startswith("-") or "." in first or "/" in first or Path(first).exists():
-        return _run_config(words, takes_positional=True)
+        return _run_config(words, words)
     raise UserError(
         f"`{first}` is neither a config file nor a command.{did_you_mean(first, (*TOOLS, *_TASKS))} "
         f"Commands: {', '.join((*_TASKS, *TOOLS))}."
@@ -97,34 +101,45 @@ def _run_task(task: str, words: list[str]) -> int:
     if task == "kd" or domain == "vlm":
         raise NotSupportedYetError(f"`automodel {task} {domain}` is not supported yet. Use automodel finetune llm.")
     # any file of a fine-tuning run can be timed, so the word counts and not the file's own recipe
-    return _run_config(words[1:], takes_positional=False, recipe=_BENCHMARK_RECIPE if task == "benchmark" else None)
+    return _run_config(words[1:], [task, *words], _BENCHMARK_RECIPE if task == "benchmark" else None)
 
 
-def _run_config(words: list[str], takes_positional: bool, recipe: str | None = None) -> int:
-    """Run ``recipe``, or the one a config file names; only ``automodel <config.yaml>`` insists that it names one."""
+def _run_config(words: list[str], command: list[str], recipe: str | None = None) -> int:
+    """Run ``recipe``, or the one a config file names; only ``automodel <config.yaml>`` insists that it names one.
+
+    ``words`` are the config file and the overrides, ``command`` is the whole command line.
+    """
+    takes_positional = words == command
     from nemo_automodel.components.config._arg_parser import load_config, parse_command_line
     from nemo_automodel.recipes.registry import DEFAULT_RECIPE, recipe_path, resolve_recipe
     from nemo_automodel.recipes.section_rules import recipe_name
     from nemo_automodel.recipes.settings import load_settings
+    from nemo_automodel.recipes.several import check_several, refuse_benchmark
 
-    _refuse_torchrun()
     line = parse_command_line(words, takes_positional)
     config = load_config(line)
     path = recipe_path(recipe or recipe_name(config) or (None if takes_positional else DEFAULT_RECIPE))
-    load_settings(config)
+    settings = load_settings(config)
+    if not was_started_as_rank():
+        num_processes = line.num_processes or _num_gpus(settings, path)
+        check_several(settings, num_processes)
+        if path.endswith(_BENCHMARK_RECIPE):
+            refuse_benchmark(num_processes)
+        if num_processes > 1:
+            return launch(command, num_processes)
     run = resolve_recipe(path)(config)
     run.setup()
     run.run_train_validation_loop()
     return 0
 
 
-def _refuse_torchrun() -> None:
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if "LOCAL_RANK" in os.environ and world_size != "1":
-        raise NotSupportedYetError(
-            f"{world_size} processes were started (WORLD_SIZE), but training with several is not supported yet. "
-            "Start one."
-        )
+def _num_gpus(settings: RunSettings, recipe: str) -> int:
+    """Return how many processes a run has when nobody says: one for each GPU here; a benchmark has one."""
+    if recipe.endswith(_BENCHMARK_RECIPE) or "nccl" not in settings.dist_env.backend:
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 class _OneLineParser(argparse.ArgumentParser):

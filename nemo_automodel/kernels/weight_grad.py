@@ -22,10 +22,23 @@ import torch.distributed as dist
 
 from nemo_automodel.shared.determinism import is_deterministic
 
+_sums_afterwards = False
+
 
 def is_alone() -> bool:
     """Tell whether this is the only process of a run: of several, somebody averages gradients as they are made."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def sum_afterwards() -> None:
+    """Promise that whoever trains with several processes adds up their gradients after the backward pass."""
+    global _sums_afterwards
+    _sums_afterwards = True
+
+
+def may_write_grads() -> bool:
+    """Tell whether nobody waits for gradients as they are made, so that they may be written where they lie."""
+    return _sums_afterwards or is_alone()
 
 
 def add_product_grad(weights: Sequence[torch.Tensor], dy_TN: torch.Tensor, x_TK: torch.Tensor) -> None:

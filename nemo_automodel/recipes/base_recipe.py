@@ -31,21 +31,24 @@ from nemo_automodel._transformers.layer_graphs import recorded_bytes
 from nemo_automodel._transformers.model_files import ModelFiles
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal
 from nemo_automodel._transformers.neftune import add_embedding_noise
-from nemo_automodel.components.checkpoint.changes import changes_since, consequences
+from nemo_automodel.components.checkpoint.changes import changes_since, consequences, world_size_line
 from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, SaveError, estimate_num_bytes
 from nemo_automodel.components.checkpoint.disk import check_writable, warn_if_crowded
-from nemo_automodel.components.checkpoint.parts import Parts
+from nemo_automodel.components.checkpoint.layout import num_ranks
+from nemo_automodel.components.checkpoint.optimizer_state import OPTIM_KEY, optimizer_entries
+from nemo_automodel.components.checkpoint.parts import Parts, files_of_rank
 from nemo_automodel.components.checkpoint.restore import newest_checkpoint
-from nemo_automodel.components.checkpoint.run_directory import choose_run_directory
+from nemo_automodel.components.checkpoint.run_directory import RunDirectory, choose_run_directory
 from nemo_automodel.components.checkpoint.witness import Witness
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
 from nemo_automodel.components.datasets.loader import ResumableDataLoader
 from nemo_automodel.components.datasets.token_budget import MicroBatches
 from nemo_automodel.components.datasets.worker_faults import explained_faults
-from nemo_automodel.components.distributed.grad import clip_grad_norm
+from nemo_automodel.components.distributed.grad import clip_grad_norm, copy_from_first, sum_over_ranks
 from nemo_automodel.components.distributed.init_utils import initialize_distributed
 from nemo_automodel.components.distributed.mesh import build_mesh
+from nemo_automodel.components.distributed.ranks import ALONE, Ranks
 from nemo_automodel.components.loggers.log_utils import setup_logging
 from nemo_automodel.components.loggers.run_loggers import RunLoggers
 from nemo_automodel.components.optim.in_backward import StepInBackward
@@ -61,9 +64,11 @@ from nemo_automodel.components.training.determinism import switch_determinism
 from nemo_automodel.components.training.garbage_collection import GarbageCollection
 from nemo_automodel.components.training.rng import ScopedRNG, StatefulRNG
 from nemo_automodel.components.training.step_scheduler import Step, StepScheduler, TrainLoader
+from nemo_automodel.kernels.weight_grad import sum_afterwards
 from nemo_automodel.recipes.banner import log_experiment, log_model
 from nemo_automodel.recipes.data_check import DataCheck
 from nemo_automodel.recipes.engine import count_label_tokens, count_tokens
+from nemo_automodel.recipes.joint import JointState, heard_by_all, shares_of
 from nemo_automodel.recipes.kernel_record import read_kernels, write_kernels
 from nemo_automodel.recipes.memory_choice import choose_policy
 from nemo_automodel.recipes.memory_record import MemoryRecord
@@ -73,9 +78,11 @@ from nemo_automodel.recipes.next_steps import log_what_next
 from nemo_automodel.recipes.packing_proof import prove_packing
 from nemo_automodel.recipes.resume_check import ResumeCheck
 from nemo_automodel.recipes.settings import effective_yaml, load_settings
+from nemo_automodel.recipes.several import check_several, refuse_stream
 from nemo_automodel.recipes.sick_runs import SickRuns
 from nemo_automodel.recipes.utilisation import Utilisation
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.processes import num_processes
 from nemo_automodel.shared.types import Batch, Stateful, StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -109,6 +116,8 @@ class BaseRecipe:
     """How the run began to compute its fast layers; None for a fresh run."""
     memory_record: MemoryRecord | None = None
     """What the run knows of memory; None where only one step is done again."""
+    ranks: Ranks = ALONE
+    """The processes of the run."""
 
     def __init__(self, cfg: ConfigNode) -> None:
         self.cfg = cfg
@@ -129,6 +138,7 @@ class BaseRecipe:
 
     # Set-up.
 
+    @heard_by_all
     def setup(self) -> None:
         """Prepare everything up to the first step; nothing is loaded for a run that is already finished.
 
@@ -145,24 +155,35 @@ class BaseRecipe:
         self._choose_run_directory()
         if self.run_directory.finished:
             return
-        with ScopedRNG(self.settings.seed, ranked=True):
+        # not ranked, here and below: all processes read the same rows and begin with the same weights
+        with ScopedRNG(self.settings.seed), self.ranks.first_alone():
             self.build_data()
-        self.schedule = StepScheduler(self.settings.step_scheduler, self.train_loader, self.mesh.dp_size)
+        self._refuse_streams()
+        self.schedule = StepScheduler(
+            self.settings.step_scheduler, self.train_loader, self.mesh.dp_size, self.ranks.largest
+        )
         if self.data_check is not None:
             self.data_check.before_model(self.schedule.grad_accum)
         self._open_loggers()
         is_resumed = self.run_directory.resume_from is not None
         if is_resumed:
             self.kernel_record = read_kernels(self.run_directory.path)
-        self.memory_record = MemoryRecord.open(self.run_directory.path, self.device, is_resumed)
+        with self.ranks.first_alone():
+            self.memory_record = MemoryRecord.open(self.run_directory.path, self.device, is_resumed)
+        if not self.ranks.is_first:
+            self.memory_record.path = None
         with watch_set_up(self.settings, self.device), ExitStack() as on_failure:
             on_failure.callback(self.loggers.close, succeeded=False)
             statistics = None if self.data_check is None else self.data_check.statistics
+            if not self.ranks.is_first:  # what the first one measured and chose counts for all
+                self.memory_record.policy, self.kernel_record = self.ranks.share()
             self.settings = choose_policy(self.settings, self.device, self.memory_record, statistics)
-            with ScopedRNG(self.settings.seed, ranked=True):
+            with ScopedRNG(self.settings.seed):
                 self.build_model()
-            write_kernels(self.run_directory.path, kernel_table(self.model), self.kernel_record)
-            write_report(self.model, self.run_directory.path)
+            if self.ranks.is_first:
+                self.ranks.share((self.memory_record.policy, kernel_table(self.model)))
+                write_kernels(self.run_directory.path, kernel_table(self.model), self.kernel_record)
+                write_report(self.model, self.run_directory.path)
             self.model.train()
             self.model_files = ModelFiles(self.model, self.tokenizer)
             self._build_engine()
@@ -170,6 +191,7 @@ class BaseRecipe:
             self.utilisation = Utilisation(self.model, self.settings, self.device)
             self._build_optimizer()
             self._restore()
+            self.ranks.wait_for_all()
             on_failure.pop_all()
         log_model(self.model)
         logger.info("Optimizer: %s", self.optimizer)
@@ -181,6 +203,12 @@ class BaseRecipe:
             self.schedule.step,
             self.schedule.epoch,
         )
+
+    def _refuse_streams(self) -> None:
+        for section, loader in (("dataset", self.train_loader), *self.val_loaders.items()):
+            inner = loader.loader if isinstance(loader, MicroBatches) else loader
+            if self.ranks.are_several and not (isinstance(inner, ResumableDataLoader) and inner.has_numbers):
+                raise refuse_stream(section, self.ranks.size)
 
     def _micro_batches_of_a_step(self) -> str:
         max_tokens = self.settings.step_scheduler.local_batch_tokens
@@ -209,9 +237,13 @@ class BaseRecipe:
     def _find_devices(self) -> None:
         hide_bars_without_terminal()
         switch_determinism(self.settings.deterministic)  # before CUDA starts
+        for notice in check_several(self.settings, num_processes()):
+            logger.warning(notice)
         self.dist = initialize_distributed(self.settings.dist_env)
-        self.device = self.dist.device
-        self.mesh = build_mesh(self.settings.distributed, self.dist.world_size)
+        self.device, self.ranks = self.dist.device, self.dist.ranks
+        self.mesh = build_mesh(self.settings.distributed, self.ranks)
+        if self.ranks.are_several:
+            sum_afterwards()
         self.rng = StatefulRNG(self.settings.seed, ranked=True)
 
     def _read_callables(self) -> None:
@@ -225,9 +257,12 @@ class BaseRecipe:
         self._optimizer_kwargs = prepare_kwargs(target, values)
 
     def _choose_run_directory(self) -> None:
-        self.run_directory = choose_run_directory(
-            self.settings.checkpoint.checkpoint_dir, self.settings.checkpoint_dir_is_default, self.effective
-        )
+        chosen = None
+        if self.ranks.is_first:
+            chosen = choose_run_directory(
+                self.settings.checkpoint.checkpoint_dir, self.settings.checkpoint_dir_is_default, self.effective
+            )
+        self.run_directory: RunDirectory = self.ranks.share(chosen)
         logger.info(self.run_directory.message)
 
     def _open_loggers(self) -> None:
@@ -258,13 +293,24 @@ class BaseRecipe:
         self.engine = build_engine(self.model, self.settings, self.loss_fn, self.device, self.memory_record)
 
     def _build_optimizer(self) -> None:
-        self.optimizer = build_optimizer(self.model, self._optimizer_target, self._optimizer_kwargs, self._overrides)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._shares = shares_of(self.settings, trained, self.ranks)
+        self.optimizer = build_optimizer(
+            self.model,
+            self._optimizer_target,
+            self._optimizer_kwargs,
+            self._overrides,
+            is_mine=None if self._shares is None else self._shares.is_mine,
+        )
         self._in_backward: StepInBackward | None = None
         if self._steps_in_backward:
             self._in_backward = StepInBackward(self.optimizer, tied_weights(self.model))
             self.engine.step_in_backward(self._in_backward)
         # walking through a model's modules takes a millisecond, so it is not done in every step
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self._shares is not None:
+            self._trainable = trained
+        copy_from_first(self._trainable, self.ranks)
         config = self.settings.lr_scheduler
         self.lr_scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -289,8 +335,9 @@ class BaseRecipe:
             run_dir=self.run_directory.path,
             config_yaml=self.effective,
             num_bytes_reserved=num_bytes if self.settings.checkpoint.enabled else 0,
+            ranks=self.ranks,
         )
-        if self.settings.checkpoint.enabled:
+        if self.settings.checkpoint.enabled and self.ranks.is_first:
             check_writable(self.run_directory.path, num_bytes)
             warn_if_crowded(self.run_directory.path, num_bytes, self._most_checkpoints())
         self.resume_check = ResumeCheck(
@@ -307,10 +354,13 @@ class BaseRecipe:
         self.fake_quantize_at(self.schedule.step - 1)  # as when it was saved, for the check of the resume
         if self.schedule.realign():
             self.lr_scheduler.replan(self._plan_schedule())
-        for line in consequences(changes):
+        said = consequences(changes)
+        other_size = world_size_line(num_ranks(checkpoint), self.ranks.size, self.settings.dataloader.group_by_length)
+        for line in said if other_size is None else [*said, other_size]:
             logger.warning("Changed since %s was saved: %s", checkpoint.name, line)
-        with explained_faults(self._worked_loaders()):
-            self.resume_check.compare(checkpoint, changes)
+        if self.ranks.is_first:
+            with explained_faults(self._worked_loaders()):
+                self.resume_check.compare(checkpoint, changes, is_spread_anew=other_size is not None)
 
     def _most_checkpoints(self) -> int:
         """Return how many checkpoints will be there at once, as far as that is known; at least 1."""
@@ -333,14 +383,21 @@ class BaseRecipe:
             config_yaml=self.effective,
             loss_guard=self.sick_runs.guard,
             witness=witness,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.size,
+            is_share=self._shares is not None,
         )
 
     # The loop.
 
+    @heard_by_all
     def run_train_validation_loop(self) -> None:
         """Train until the schedule ends; validate and save when it says so."""
-        if self.run_directory.finished:
-            return
+        if not self.run_directory.finished:
+            self._train()
+        self.ranks.leave()
+
+    def _train(self) -> None:
         done: tuple[Step, StepMetrics] | None = None
         garbage = GarbageCollection(self.settings.step_scheduler.gc_every_steps)
         self._step_end_s = time.perf_counter()
@@ -393,10 +450,10 @@ class BaseRecipe:
             instead = self.sick_runs.judge(loss_value, grad_norm_value, num_label_tokens)
             self.checkpointer.wait_for_staging()  # a save in the background may still read the weights
             if instead is None and self._in_backward is None:
-                self.optimizer.step()
+                self._update()
             elif instead == "rollback":
                 self._roll_back()
-            self.optimizer.zero_grad()
+            self._zero_grad()
         self.lr_scheduler.step()
         num_tokens = self.mesh.sum_dp(count_tokens(batches))
         step_s = self._take_step_s()
@@ -411,10 +468,26 @@ class BaseRecipe:
             mfu=self.utilisation.mfu(batches, step_s),
         )
 
+    def _update(self) -> None:
+        if not self.ranks.are_several:
+            self.optimizer.step()
+            return
+        # an optimizer that rounds at random must do so alike everywhere
+        with ScopedRNG(self.settings.seed + self.schedule.step):
+            self.optimizer.step()
+        if self._shares is not None:
+            self._shares.spread()
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        for parameter in self._trainable if self._shares is not None else ():
+            parameter.grad = None  # those of other processes' shares
+
     def _gradients(self, batches: Sequence[Batch], num_label_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss and the norm of the gradients; with `optimizer.in_backward` the weights are updated then."""
         if self._in_backward is None:
             loss = self.engine.forward_backward(batches, num_label_tokens)
+            loss = sum_over_ranks(self._trainable, loss, self.ranks, self.settings.distributed.bucket_cap_mb)
             return loss, clip_grad_norm(self._trainable, self.settings.max_grad_norm)
         self.checkpointer.wait_for_staging()
         self._in_backward.begin()
@@ -437,6 +510,7 @@ class BaseRecipe:
     def _roll_back(self) -> None:
         """Take weights and optimizer back to the last checkpoint; the data and the count of steps go on."""
         self.checkpointer.finish()
+        self.ranks.wait_for_all()  # the first one's last save is on the disk
         checkpoint = newest_checkpoint(self.run_directory.path) or self.run_directory.resume_from
         if checkpoint is None:
             logger.warning("There is no checkpoint to go back to yet, so only the step is left out.")
@@ -474,9 +548,13 @@ class BaseRecipe:
                 loss_sum += batch_loss
                 num_label_tokens += num_batch_labels
         self.model.train()
-        if self.schedule.is_signalled:
+        is_signalled, sums, counts = zip(
+            *self.ranks.gather((self.schedule.is_signalled, loss_sum.item(), num_label_tokens)), strict=True
+        )
+        if any(is_signalled):
             return None
-        loss = loss_sum.item() / num_label_tokens if num_label_tokens else math.nan
+        num_label_tokens = sum(counts)
+        loss = math.fsum(sums) / num_label_tokens if num_label_tokens else math.nan
         return ValMetrics(loss, num_label_tokens)
 
     def _validate_and_save(self, step: Step, metrics: StepMetrics) -> Step:
@@ -509,7 +587,28 @@ class BaseRecipe:
     def _save(self, step: Step, losses: Mapping[str, float]) -> None:
         """Save, and go on without when that fails, unless it was the last chance of this session."""
         self.loggers.sync()
+        files = self.ranks.gather(
+            files_of_rank(self.ranks.rank, self.train_loader, self.rng) if self.ranks.are_several else {}
+        )
+        joint = None if self._shares is None else JointState(self.ranks)
+        if self.ranks.is_first:
+            self._write(step, losses, files[1:], joint)
+        elif joint is not None:
+            joint.join({OPTIM_KEY: optimizer_entries(self.model, self.optimizer)})
+        self.ranks.wait_for_all()
+
+    def _write(
+        self,
+        step: Step,
+        losses: Mapping[str, float],
+        files: Sequence[Mapping[str, bytes]],
+        joint: JointState | None,
+    ) -> None:
         state = self.state(self.resume_check.witness(self._last_batches, step.is_preempted))
+        for files_of_other in files:
+            state.files_of_others |= files_of_other
+        if joint is not None:
+            state.write_state = joint.write
         try:
             self.checkpointer.save(step.index, step.epoch, state, losses, is_last_step=step.is_last)
             if step.is_last or step.is_preempted:
@@ -518,6 +617,9 @@ class BaseRecipe:
             if step.is_last or step.is_preempted:
                 raise
             logger.error("%s The run goes on, and the next save tries again.", error)
+        finally:
+            if joint is not None:
+                joint.end()
 
     def _say_what_next(self, step: Step | None) -> None:
         log_what_next(self.run_directory.path, step, self.schedule.step)

@@ -121,8 +121,10 @@ class ResumeCheck:
 
     # At a resume.
 
-    def compare(self, checkpoint: Path, changes: list[Change]) -> None:
+    def compare(self, checkpoint: Path, changes: list[Change], is_spread_anew: bool = False) -> None:
         """Compare the run, which was just restored, with what ``checkpoint`` remembers; ``changes`` the user made.
+
+        ``is_spread_anew``: rows are shared out to another number of processes, so that only the first one stays here.
 
         Raises:
             UserError: they differ although no changed setting explains it, and the policy is ``error``; or what the
@@ -139,7 +141,7 @@ class ResumeCheck:
         explained: list[str] = []
         wrong: list[str] = []
         for is_same, text, is_explained in (
-            (*self._compare_data(witness), changes_data(changes)),
+            (*self._compare_data(witness, is_spread_anew), changes_data(changes) or is_spread_anew),
             (*self._compare_loss(witness), changes_loss(changes)),
         ):
             (said if is_same else explained if is_explained else wrong).append(text)
@@ -165,7 +167,7 @@ class ResumeCheck:
             f"model knows {num_known}. Go on without it: --checkpoint.resume_check off"
         )
 
-    def _compare_data(self, witness: Witness) -> tuple[bool, str]:
+    def _compare_data(self, witness: Witness, is_spread_anew: bool) -> tuple[bool, str]:
         """Return whether the next batch is the recorded one, and a sentence."""
         if not witness.is_next:
             return (
@@ -179,6 +181,11 @@ class ResumeCheck:
         digest, rows = digest_of(item), row_digests_of(item)
         if digest == witness.digest:
             return True, f"the next batch is the recorded one ({recorded}, {len(rows)} rows)."
+        if is_spread_anew and rows[0] == witness.row_digests[0]:
+            return (
+                True,
+                "the next row is the recorded one; those after it are shared out to other processes than before.",
+            )
         num_both = min(len(rows), len(witness.row_digests))
         if rows[:num_both] == witness.row_digests[:num_both]:
             return True, f"the next {num_both} rows are the recorded ones, in batches of another shape."

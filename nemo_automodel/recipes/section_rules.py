@@ -201,7 +201,7 @@ def recipe_name(config: ConfigNode) -> str | None:
 
 
 def check_distributed(distributed: DistributedConfig, node: ConfigNode | None) -> list[str]:
-    """Refuse what needs a second process; return a line for each key that has no effect on one.
+    """Refuse what splits a model over devices; return a line for each key that has no effect otherwise.
 
     Raises:
         ConfigError: a size below 1, an unknown key or dtype below ``distributed``.
@@ -211,9 +211,9 @@ def check_distributed(distributed: DistributedConfig, node: ConfigNode | None) -
         size = getattr(distributed, key)
         if size is not None and size < 1:
             raise ConfigError(f"`distributed.{key}` is {size}, but a size is at least 1. Set it to 1.")
-        if size is not None and size > 1:
+        if size is not None and size > 1 and not key.startswith("dp_"):
             raise NotSupportedYetError(
-                f"`distributed.{key}` is {size}: training on several devices is not supported yet. Set it to 1."
+                f"`distributed.{key}` is {size}: splitting a model over devices is not supported yet. Set it to 1."
             )
     for key in ("offload_policy", "multimodal"):
         if getattr(distributed, key) is not None:

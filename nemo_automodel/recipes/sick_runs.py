@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from nemo_automodel.components.checkpoint.optimizer_state import parameter_names
 from nemo_automodel.components.datasets.document_view import DocumentView, documents_of, rows_of
 from nemo_automodel.components.datasets.loader import ResumableDataLoader
+from nemo_automodel.components.distributed.ranks import ALONE, Ranks
 from nemo_automodel.components.training.config import LossGuardConfig
 from nemo_automodel.components.training.loss_guard import Finding, LossGuard
 from nemo_automodel.components.training.rng import ScopedRNG
@@ -113,6 +114,8 @@ class SickRuns:
         run_dir: dumps go to ``debug/`` below it.
         config_yaml: the effective configuration.
         num_bytes_reserved: room that a dump must leave on the disk, for the next checkpoint.
+        ranks: the processes of the run. They see the same loss and decide alike; each names its own rows, and the one
+            with the sickest row writes the dump, of its share of the step.
     """
 
     def __init__(
@@ -126,15 +129,17 @@ class SickRuns:
         run_dir: Path,
         config_yaml: dict[str, Any],
         num_bytes_reserved: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.guard = config, LossGuard(config)
         self._engine, self._model, self._loader = engine, model, loader
         self._items_are_steps, self._run_dir, self._config_yaml = items_are_steps, run_dir, config_yaml
-        self._num_bytes_reserved = num_bytes_reserved
+        self._num_bytes_reserved, self._ranks = num_bytes_reserved, ranks
         self._step = self._epoch = self._num_items = self._num_items_before = 0
         self._batches: Sequence[Batch] = []
         self._random: dict[str, torch.Tensor] = {}
         self._num_dumps = self._num_spikes_named = 0
+        self._own_rows: list[RowLoss] = []
 
     def begin(self, step: int, epoch: int, batches: Sequence[Batch]) -> None:
         """Note a step that is about to be computed, and the random numbers it will draw."""
@@ -156,12 +161,11 @@ class SickRuns:
         if finding is Finding.SPIKE:
             self._tell_of_spike(loss, grad_norm, num_label_tokens, median)
             return None
-        rows = self._rows()
-        rows.sort(key=lambda row: (math.isfinite(row.loss_sum), -row.loss_sum))  # the sick ones first
-        facts = StepFacts(self._step, self._epoch, finding.value, loss, grad_norm, num_label_tokens, rows)
+        facts = StepFacts(self._step, self._epoch, finding.value, loss, grad_norm, num_label_tokens)
+        rows, owner = self._rows(lambda row: (math.isfinite(row.loss_sum), -row.loss_sum))  # the sick ones first
         said = (
             f"Step {self._step} is not finite (loss {loss}, grad_norm {grad_norm}); its update was not applied. "
-            f"{_sick_rows(rows)} {self._dump(facts)}"
+            f"{_sick_rows(rows)} {self._dump(facts, owner)}"
         )
         if self.config.on_nonfinite == "stop":
             raise UserError(
@@ -184,9 +188,8 @@ class SickRuns:
                 "Step %d: the loss %.4f is a spike (the last ones lie around %.4f).", self._step, loss, median
             )
             return
-        rows = self._rows()
         # what a row adds beyond a row of its length at the usual loss
-        rows.sort(key=lambda row: row.loss_sum - median * row.num_label_tokens, reverse=True)
+        rows, owner = self._rows(lambda row: median * row.num_label_tokens - row.loss_sum)
         total = sum(row.loss_sum for row in rows) or 1.0
         named = "; ".join(
             f"{row.loss_sum / total:.0%} {row.where} (loss {row.loss:.4f} over {row.num_label_tokens} tokens)"
@@ -194,15 +197,20 @@ class SickRuns:
         )
         dumped = ""
         if self.config.dump_spikes:
-            facts = StepFacts(self._step, self._epoch, "spike", loss, grad_norm, num_label_tokens, rows)
-            dumped = f" {self._dump(facts)}"
+            facts = StepFacts(self._step, self._epoch, "spike", loss, grad_norm, num_label_tokens)
+            dumped = f" {self._dump(facts, owner)}"
         logger.warning(
             "Step %d: the loss %.4f is a spike (the last ones lie around %.4f). Largest shares: %s.%s",
             *(self._step, loss, median, named, dumped),
         )
 
-    def _rows(self) -> list[RowLoss]:
-        return row_losses(self._engine, self._model, self._batches, self._places())
+    def _rows(self, key: Callable[[RowLoss], Any]) -> tuple[list[RowLoss], int]:
+        """Return the documents of the step in all processes, sorted, and the process that has the first one."""
+        self._own_rows = sorted(row_losses(self._engine, self._model, self._batches, self._places()), key=key)
+        by_rank = self._ranks.gather(self._own_rows)
+        found = [(row, rank) for rank, rows in enumerate(by_rank) for row in rows]
+        found.sort(key=lambda item: key(item[0]))
+        return [row for row, _ in found], found[0][1] if found else 0
 
     def _places(self) -> list[str]:
         """Name every document of the step, by file and line where the data can tell."""
@@ -233,8 +241,12 @@ class SickRuns:
                 logger.warning("The rows of step %d cannot be read again to name them: %s", self._step, error)
                 return []
 
-    def _dump(self, facts: StepFacts) -> str:
-        """Write the step to the disk, and return what to say of it."""
+    def _dump(self, facts: StepFacts, owner: int) -> str:
+        """Let process ``owner`` write the step to the disk, and return what to say of it."""
+        is_mine = self._ranks.rank == owner
+        return str(self._ranks.gather(self._write(replace(facts, rows=self._own_rows)) if is_mine else "")[owner])
+
+    def _write(self, facts: StepFacts) -> str:
         directory = self._run_dir / DEBUG_DIR / f"step_{facts.step}"
         if self._num_dumps >= self.config.max_dumps:
             return f"It is not dumped: `loss_guard.max_dumps` is {self.config.max_dumps}."

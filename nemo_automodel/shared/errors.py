@@ -14,6 +14,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake the user can mend. The message is one line: value, rule, remedy."""
 
+    exit_status = 2
+
 
 class ConfigError(UserError):
     """A mistake in the YAML file or in a command-line override."""
@@ -21,6 +23,16 @@ class ConfigError(UserError):
 
 class NotSupportedYetError(UserError):
     """A key or recipe that is known but comes in a later version."""
+
+
+class RankLostError(UserError):
+    """Another process of the run is gone, or has ended with this message and status."""
+
+    default_status = 4
+
+    def __init__(self, message: str, exit_status: int = default_status) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 class LowMemoryStop(BaseException):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_automodel.cli import app
 from nemo_automodel.cli.app import main, run_safely
 from nemo_automodel.recipes.registry import DEFAULT_RECIPE
 from nemo_automodel.shared.errors import UserError
@@ -148,12 +149,14 @@ OVERRIDES: list[tuple[str, list[str]]] = [
     ("--wandb.name ${NM_UNSET}", ["`wandb.name`", "NM_UNSET"]),
     ("--wandb.name ${bad name}", ["is not a placeholder"]),
     # later
+    ("--distributed.dp_size 2", ["`distributed.dp_size` is 2", "started as 1 process", "--nproc-per-node 2"]),
+    ("--distributed.dp_replicate_size 2", ["`distributed.dp_replicate_size` is 2", "--nproc-per-node 2"]),
     ("--distributed.tp_size 2", ["`distributed.tp_size` is 2", "not supported yet"]),
     ("--recipe FinetuneRecipeForVLM", ["FinetuneRecipeForVLM", "not supported yet"]),
     ("--kd_ratio 0.5", ["`kd_ratio`", "not supported yet"]),
     ("--checkpoint.v4_compatible true", ["`checkpoint.v4_compatible", "not supported yet"]),
     ("--skypilot.cloud aws", ["`skypilot`", "not supported yet"]),
-    ("--nproc-per-node 2", ["not supported yet"]),
+    ("--nproc-per-node 2 --distributed.strategy mfsdp", ["on 2 devices", "not supported yet"]),
     # words
     ("stray", ["two config files", "stray"]),
     ("--seed 3 stray", ["stray"]),
@@ -272,10 +275,34 @@ def test_a_task_needs_no_recipe(run_yaml: Path, recorder: type[Recorder], capsys
     assert "`recipe` is missing" in error_of(capsys, ["run.yaml"])
 
 
-def test_several_processes_are_refused(run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_process_that_is_one_of_several_starts_no_others(
+    run_yaml: Path, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, capsys
+):
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "2 processes were started" in error_of(capsys, ["run.yaml"])
+    assert main(["run.yaml", "--nproc-per-node", "2"]) == 0
+    assert recorder.seen[2:] == ["setup", "loop"]
+    assert capsys.readouterr().out == ""  # the first process says which file it is
+
+
+@pytest.mark.parametrize(("num_gpus", "num_processes"), [(0, None), (1, None), (3, 3)])
+def test_every_gpu_gets_a_process_unless_told_otherwise(
+    run_yaml: Path, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, num_gpus: int, num_processes: int | None
+):
+    import torch
+
+    launched = []
+    monkeypatch.setattr(app, "launch", lambda words, number: launched.append((words, number)) or 7)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    for words, status in ((["run.yaml"], 7), (["run.yaml", "--nproc-per-node", "1"], 0)):
+        recorder.seen.clear()
+        assert main(words) == (status if num_processes else 0)
+        assert ("loop" in recorder.seen) == (not launched or words != ["run.yaml"])
+    assert launched == ([(["run.yaml"], 3)] if num_processes else [])
+    assert main(["finetune", "llm", "-c", "run.yaml", "--nproc-per-node", "4"]) == 7
+    assert launched[-1] == (["finetune", "llm", "-c", "run.yaml", "--nproc-per-node", "4"], 4)
+    assert main(["benchmark", "llm", "-c", "run.yaml"]) == 0
 
 
 def test_debug_shows_the_traceback(run_yaml: Path):

@@ -11,6 +11,7 @@ from nemo_automodel.components.distributed.config import DistEnvConfig, Distribu
 from nemo_automodel.components.distributed.grad import clip_grad_norm
 from nemo_automodel.components.distributed.init_utils import initialize_distributed
 from nemo_automodel.components.distributed.mesh import build_mesh
+from nemo_automodel.components.distributed.ranks import Ranks
 from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError
 
 
@@ -29,18 +30,21 @@ def test_gloo_is_the_cpu():
 def test_what_comes_later_or_never_is_said(monkeypatch):
     with pytest.raises(ConfigError, match=r"`dist_env.backend: mpi` is not supported"):
         initialize_distributed(DistEnvConfig(backend="mpi"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(NotSupportedYetError, match="started as 2 processes"):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(NotSupportedYetError, match="2 of 4 processes are on this machine"):
         initialize_distributed(DistEnvConfig())
 
 
 def test_one_process_is_the_whole_mesh():
-    mesh = build_mesh(DistributedConfig(tp_size=None, dp_size=1), world_size=1)
+    mesh = build_mesh(DistributedConfig(tp_size=None, dp_size=1), Ranks())
     assert (mesh.dp_size, mesh.dp_rank, mesh.sum_dp(7)) == (1, 0, 7)
     with pytest.raises(NotSupportedYetError, match=r"`distributed.tp_size` is 2"):
-        build_mesh(DistributedConfig(tp_size=2), world_size=1)
+        build_mesh(DistributedConfig(tp_size=2))
     with pytest.raises(ConfigError, match=r"`distributed.dp_size` is 0"):
-        build_mesh(DistributedConfig(dp_size=0), world_size=1)
+        build_mesh(DistributedConfig(dp_size=0))
+    with pytest.raises(ConfigError, match=r"`distributed.dp_size` is 2, but the run was started as 1 process"):
+        build_mesh(DistributedConfig(dp_size=2))
 
 
 def make_params(dtype=torch.float32):

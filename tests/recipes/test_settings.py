@@ -317,8 +317,7 @@ def test_freeze_embeddings_is_honoured():
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
-        *(({f"distributed__{size}_size": 2}, f"distributed.{size}_size") for size in ("dp", "tp", "pp", "cp", "ep")),
-        ({"distributed__dp_replicate_size": 2}, "distributed.dp_replicate_size"),
+        *(({f"distributed__{size}_size": 2}, f"distributed.{size}_size") for size in ("tp", "pp", "cp", "ep")),
         ({"distributed__offload_policy": {"_target_": "torch.distributed.fsdp.CPUOffloadPolicy"}}, "offload_policy"),
         ({"checkpoint__model_repo_id": "me/model"}, "checkpoint.model_repo_id"),
         ({"checkpoint__checkpoint_dir": "msc://bucket/x"}, "checkpoint.checkpoint_dir"),

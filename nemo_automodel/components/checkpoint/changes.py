@@ -103,6 +103,22 @@ def consequences(changes: list[Change]) -> list[str]:
     return [f"{', '.join(keys)}: {text}" for text, keys in by_text.items()]
 
 
+def world_size_line(saved_by: int, num_ranks: int, group_by_length: bool) -> str | None:
+    """Return what stays exact where a run goes on with another number of processes; None where it is the same."""
+    if saved_by == num_ranks:
+        return None
+    rows = (
+        "rows sorted by length come in another order: until the epoch ends some come twice and others not at all"
+        if group_by_length
+        else "the place in the data counts the rows of all processes, so none is skipped or comes twice, and steps of "
+        "the same global batch have the rows they would have had"
+    )
+    return (
+        f"{saved_by} process(es) → {num_ranks}: weights, optimizer and schedule are exact; {rows}. Losses and "
+        "gradients are added up in another order, which changes the last digits, and dropout draws other numbers."
+    )
+
+
 def changes_data(changes: list[Change]) -> bool:
     """Tell whether other batches may come next."""
     return any(_consequence(key) in (_SPLIT, _STEPS, _ORDER, _DATA) for key, _, _ in changes)

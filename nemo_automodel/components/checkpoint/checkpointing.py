@@ -40,6 +40,9 @@ from nemo_automodel.components.checkpoint.layout import (
     RNG_FILE,
     SCHEDULE_FILE,
     checkpoint_name,
+    dataloader_file,
+    num_ranks,
+    rng_file,
     staging_path,
 )
 from nemo_automodel.components.checkpoint.manifest import verify, write_manifest
@@ -185,8 +188,10 @@ class Checkpointer:
         logger.info("Loading checkpoint from %s", path)
         verify(path)
         schedule = read_state(path / SCHEDULE_FILE)
-        data_position = read_state(path / DATALOADER_FILE)
-        random_state = read_rng_state(path, self.config.allow_legacy_pickle_restore)
+        # after a change of the number of processes every one takes the first one's place: it counts the rows of all
+        data_file, random_file = self._files_of(path, parts)
+        data_position = read_state(path / data_file)
+        random_state = self._random_state(path, random_file)
         nested = _load_weights(path, parts)
         if parts.lr_scheduler is not None:
             if SCHED_KEY not in nested:
@@ -196,11 +201,28 @@ class Checkpointer:
                 )
             hand_over(path / OPTIM_DIR, parts.lr_scheduler, nested[SCHED_KEY])
         hand_over(path / SCHEDULE_FILE, parts.schedule, schedule)
-        hand_over(path / DATALOADER_FILE, parts.train_loader, data_position)
+        hand_over(path / data_file, parts.train_loader, data_position)
         if parts.loss_guard is not None and (path / LOSS_GUARD_FILE).is_file():
             remembered = guarded(path / LOSS_GUARD_FILE, lambda: json.loads((path / LOSS_GUARD_FILE).read_text()))
             hand_over(path / LOSS_GUARD_FILE, parts.loss_guard, remembered)
-        hand_over(path / RNG_FILE, parts.rng, random_state)  # last: everything above may draw random numbers
+        if random_file is not None:  # last: everything above may draw random numbers
+            hand_over(path / random_file, parts.rng, random_state)
+
+    @staticmethod
+    def _files_of(path: Path, parts: Parts) -> tuple[str, str | None]:
+        """Return the names of this process's place in the data and of its random numbers, None: begin anew."""
+        saved_by = num_ranks(path)
+        if saved_by == parts.num_ranks:
+            return dataloader_file(parts.rank), rng_file(parts.rank)
+        return DATALOADER_FILE, rng_file(parts.rank) if parts.rank < saved_by else None
+
+    def _random_state(self, path: Path, name: str | None) -> dict[str, Any]:
+        if name is None:
+            return {}
+        if name == RNG_FILE:
+            return read_rng_state(path, self.config.allow_legacy_pickle_restore)
+        state: dict[str, Any] = read_state(path / name)
+        return state
 
     def load_weights(self, path: Path, parts: Parts) -> None:
         """Take weights and optimizer back to ``path`` and leave everything else where it is.
@@ -233,8 +255,8 @@ def estimate_num_bytes(model: nn.Module, saves_whole_model: bool) -> int:
 def _load_weights(path: Path, parts: Parts) -> dict[str, Any]:
     """Load optimizer and model, and return what else the optimizer's archive holds."""
     archive = dcp.Archive(path / OPTIM_DIR)
-    restore = OptimizerRestore(archive, parts.model, parts.optimizer)
-    nested = archive.read(restore.prepare())
+    restore = OptimizerRestore(archive, parts.model, parts.optimizer, parts.is_share)
+    nested = archive.read(restore.prepare(), restore.skips)
     restore.apply(nested[OPTIM_KEY], _changed_settings(path, parts.config_yaml))
     if has_model(path):
         read_model(path, parts.model_files.weights())
@@ -278,7 +300,7 @@ def _write_files(staged: Path, snapshot: Snapshot, config: CheckpointingConfig) 
         write_model(staged, snapshot.weights)
     else:
         snapshot.model_files.write_from(staged / MODEL_DIR, snapshot.weights)
-    dcp.write(staged / OPTIM_DIR, snapshot.state)
+    snapshot.write_state(staged / OPTIM_DIR, snapshot.state)
     for name, content in snapshot.files.items():
         write_file(staged / name, content)
     write_manifest(staged)

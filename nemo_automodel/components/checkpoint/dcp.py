@@ -11,12 +11,13 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -92,8 +93,11 @@ class _Planner(DefaultLoadPlanner):
         self._values[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
 
 
-def write(directory: Path, state: Mapping[str, Any]) -> None:
+def write(directory: Path, state: Mapping[str, Any], processes: ProcessGroup | None = None) -> None:
     """Write a nested dictionary of tensors and plain values into ``directory``, down to the disk.
+
+    With ``processes`` all of them call it with a part each and wait for each other; what is there under the same name
+    is written once.
 
     Raises:
         OSError: no space, no permission.
@@ -101,7 +105,12 @@ def write(directory: Path, state: Mapping[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            save(dict(state), storage_writer=_Writer(directory), no_dist=True)
+            save(
+                dict(state),
+                storage_writer=_Writer(directory),
+                process_group=processes,
+                no_dist=processes is None,
+            )
         except CheckpointException as error:
             # not an Exception for Python, and its causes hide in a dictionary of ranks
             cause = next(iter(error.failures.values()))[0]
@@ -145,14 +154,19 @@ class Archive:
                 described[path] = None
         return described
 
-    def read(self, into: Mapping[Place, torch.Tensor]) -> dict[str, Any]:
+    def read(
+        self, into: Mapping[Place, torch.Tensor], skips: Callable[[Place], bool] = lambda place: False
+    ) -> dict[str, Any]:
         """Return the nested state. Tensors named in ``into`` are overwritten and returned; others are new, on the CPU.
+
+        What ``skips`` says is neither read nor returned.
 
         Raises:
             UserError: a file is missing, damaged, or holds objects that loading would have to run.
         """
         flat: dict[str, Any] = {}
-        for name, path in self._paths.items():
+        wanted = {name: path for name, path in self._paths.items() if not skips(path)}
+        for name, path in wanted.items():
             entry = self._metadata.state_dict_metadata[name]
             if not isinstance(entry, TensorStorageMetadata):
                 flat[name] = None
@@ -161,7 +175,7 @@ class Archive:
             else:
                 flat[name] = guarded(self.directory, partial(torch.empty, entry.size, dtype=entry.properties.dtype))
         guarded(self.directory, lambda: self._load(flat))
-        return guarded(self.directory, lambda: _nest(self._paths, flat))
+        return guarded(self.directory, lambda: _nest(wanted, flat))
 
     def _load(self, flat: dict[str, Any]) -> None:
         reader, planner = _Reader(self.directory, self._metadata), _Planner(flat)

@@ -31,7 +31,9 @@ LOSSES_FILE = "losses.json"
 PROGRESS_FILE = "progress.json"
 SCHEDULE_FILE = "step_scheduler.pt"
 DATALOADER_FILE = "dataloader/dataloader_dp_rank_0.pt"
+"""Of the first process; every process has one."""
 RNG_FILE = "rng/rng_global_rank_0.pt"
+"""Likewise."""
 LEGACY_RNG_FILE = "rng/rng_dp_rank_0.pt"
 LOSS_GUARD_FILE = "loss_guard.json"
 WITNESS_FILE = "resume/witness.json"
@@ -50,6 +52,21 @@ _STAGED_NAME = re.compile(r".*step_\d+\.reserving-[0-9a-f-]+")
 _TEMPORARY_NAME = re.compile(r"\.automodel-[0-9a-f]{32}\.tmp")
 
 logger = logging.getLogger(__name__)
+
+
+def dataloader_file(rank: int) -> str:
+    """Return the name of a process's place in the data."""
+    return DATALOADER_FILE.replace("_0.pt", f"_{rank}.pt")
+
+
+def rng_file(rank: int) -> str:
+    """Return the name of a process's random numbers."""
+    return RNG_FILE.replace("_0.pt", f"_{rank}.pt")
+
+
+def num_ranks(checkpoint: Path) -> int:
+    """Return how many processes saved a checkpoint."""
+    return max(1, len(list((checkpoint / RNG_FILE).parent.glob("rng_global_rank_*.pt"))))
 
 
 def checkpoint_name(epoch: int, step_index: int) -> str:

@@ -63,15 +63,27 @@ class OptimizerRestore:
         UserError: parameters, keys, shapes or dtypes differ between the checkpoint and the optimizer.
     """
 
-    def __init__(self, archive: Archive, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, archive: Archive, model: nn.Module, optimizer: Optimizer, is_share: bool = False) -> None:
+        """``is_share``: other processes have the rest of the model's trained parameters in their optimizers."""
         self._archive = archive
         self._optimizer = optimizer
         names = parameter_names(model)
         self._parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
         self._saved = {str(place[1]): value for place, value in archive.describe().items() if place[0] == OPTIM_KEY}
         group_keys = {key.removeprefix(GROUP_PREFIX) for key in self._saved if key.startswith(GROUP_PREFIX)}
-        self._saved_state = {key for key in self._saved if not key.startswith(GROUP_PREFIX)}
-        self._require_same("parameters", {_name_in(key) for key in group_keys}, set(self._parameters))
+        trained = {name for p, name in names.items() if is_share and p.requires_grad} | set(self._parameters)
+        self._require_same("parameters", {_name_in(key) for key in group_keys}, trained)
+        self._of_others = trained - set(self._parameters)
+        self._saved_state = {
+            key for key in self._saved if not key.startswith(GROUP_PREFIX) and not self.skips((OPTIM_KEY, key))
+        }
+
+    def skips(self, place: Place) -> bool:
+        """Tell whether something in the archive is of a parameter that another process updates."""
+        if place[0] != OPTIM_KEY:
+            return False
+        key = str(place[1])
+        return _name_in(key.removeprefix(GROUP_PREFIX).removeprefix(_STATE)) in self._of_others
 
     def prepare(self) -> dict[Place, torch.Tensor]:
         """Make the optimizer's tensors and return those that the checkpoint fills, by their place in it."""

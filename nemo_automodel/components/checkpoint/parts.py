@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +20,13 @@ import yaml
 from torch import nn
 from torch.optim import Optimizer
 
+from nemo_automodel.components.checkpoint import dcp
 from nemo_automodel.components.checkpoint.layout import (
     CONFIG_FILE,
-    DATALOADER_FILE,
     LOSS_GUARD_FILE,
-    RNG_FILE,
     SCHEDULE_FILE,
+    dataloader_file,
+    rng_file,
 )
 from nemo_automodel.components.checkpoint.optimizer_state import GROUP_PREFIX, OPTIM_KEY, optimizer_entries
 from nemo_automodel.components.checkpoint.state import to_bytes
@@ -70,6 +71,15 @@ class Parts:
     """What the run remembers of its losses, as plain JSON values."""
     witness: Witness | None = None
     """What a resume of this moment compares itself with; it is only written, never loaded into the run."""
+    rank: int = 0
+    """Number of this process among those of the run."""
+    num_ranks: int = 1
+    is_share: bool = False
+    """The optimizer has only this process's share of the trained parameters."""
+    write_state: Callable[[Path, Mapping[str, Any]], None] = dcp.write
+    """Writes the state of optimizer and schedule; where every process has a share, with all of them."""
+    files_of_others: dict[str, bytes] = field(default_factory=dict)
+    """What `files_of_rank` returns in the other processes, where the first one writes for all."""
 
 
 @dataclass
@@ -82,6 +92,7 @@ class Snapshot:
     """Optimizer and learning rate schedule, nested as DCP wants them."""
     files: dict[str, bytes]
     """Small files by name."""
+    write_state: Callable[[Path, Mapping[str, Any]], None] = dcp.write
     _moment: torch.cuda.Event | None = field(default=None, repr=False)
 
     def stage(self) -> None:
@@ -107,6 +118,14 @@ class Snapshot:
         }
 
 
+def files_of_rank(rank: int, train_loader: Stateful, rng: Stateful) -> dict[str, bytes]:
+    """Return the files that every process has for itself, by name."""
+    return {
+        dataloader_file(rank): to_bytes(train_loader.state_dict()),
+        rng_file(rank): to_bytes(rng.state_dict()),
+    }
+
+
 def take_snapshot(parts: Parts) -> Snapshot:
     """Return the run as it is now; its tensors are the live ones until ``stage`` is called."""
     # the settings of groups, a learning rate kept as a tensor for example, change apart from the optimizer's steps
@@ -118,8 +137,8 @@ def take_snapshot(parts: Parts) -> Snapshot:
     if parts.lr_scheduler is not None:
         state[SCHED_KEY] = copy.deepcopy(parts.lr_scheduler.state_dict())
     files = {
-        DATALOADER_FILE: to_bytes(parts.train_loader.state_dict()),
-        RNG_FILE: to_bytes(parts.rng.state_dict()),
+        **files_of_rank(parts.rank, parts.train_loader, parts.rng),
+        **parts.files_of_others,
         SCHEDULE_FILE: to_bytes(parts.schedule.state_dict()),
         CONFIG_FILE: yaml.safe_dump(parts.config_yaml, sort_keys=False, allow_unicode=True).encode(),
     }
@@ -132,7 +151,7 @@ def take_snapshot(parts: Parts) -> Snapshot:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         moment = torch.cuda.Event()  # type: ignore[no-untyped-call]
         moment.record()
-    return Snapshot(parts.model_files, weights, state, files, moment)
+    return Snapshot(parts.model_files, weights, state, files, parts.write_state, moment)
 
 
 def _copied(tensor: torch.Tensor, copies: dict[tuple[Any, ...], torch.Tensor]) -> torch.Tensor:

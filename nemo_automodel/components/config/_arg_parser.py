@@ -17,7 +17,8 @@ from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode, check_loaded
 from nemo_automodel.components.config.run_safely import run_safely
 from nemo_automodel.components.config.yaml_file import read_yaml
-from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError
+from nemo_automodel.shared import processes
+from nemo_automodel.shared.errors import ConfigError
 
 __all__ = ["CommandLine", "load_config", "parse_args_and_load_config", "parse_command_line", "run_safely"]
 
@@ -63,6 +64,11 @@ def parse_args_and_load_config(
     line = parse_command_line(words)
     if line.config_path is None and default_config_path is not None:
         line.config_path = str(default_config_path)
+    if line.num_processes not in (None, 1) and not processes.was_started_as_rank():
+        raise ConfigError(
+            f"`--nproc-per-node {line.num_processes}`: a script is one process. Start it with torchrun "
+            f"--nproc-per-node {line.num_processes} <script> ..., or use `automodel <config.yaml>`."
+        )
     return load_config(line)
 
 
@@ -102,8 +108,9 @@ def load_config(line: CommandLine) -> ConfigNode:
     """
     if line.config_path is None:
         raise ConfigError(f"no config file is given. Name one with -c run.yaml.{_swallowed(line)}")
-    sys.stdout.write(f"cfg-path: {line.config_path}\n")
-    sys.stdout.flush()
+    if processes.is_first():
+        sys.stdout.write(f"cfg-path: {line.config_path}\n")
+        sys.stdout.flush()
     targets.allow_prefixes(line.allowed_targets)
     config = ConfigNode(read_yaml(line.config_path))
     for key, value in line.overrides:
@@ -151,10 +158,6 @@ def _required(option: str, value: str | bool) -> str:
 def _num_processes(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"`--nproc-per-node {text}` is not a number of processes. Write --nproc-per-node 1.")
-    if int(text) > 1:
-        raise NotSupportedYetError(
-            f"`--nproc-per-node {text}`: training with several processes is not supported yet. Use 1, or leave it out."
-        )
     return int(text)
 
 

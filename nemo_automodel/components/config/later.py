@@ -55,7 +55,7 @@ _LATER_TARGETS: dict[str, str] = {
     "nemo_automodel.components.datasets.llm": "this data set",
     "nemo_automodel.components.datasets.utils.packed_sequence_thd_collater_vlm": "vision-language data",
     "nemo_automodel.components.datasets.vlm": "vision-language data",
-    "nemo_automodel.components.distributed": "training on several devices",
+    "nemo_automodel.components.distributed": "splitting a model over devices",
     "nemo_automodel.components.eval": "evaluation",
     "nemo_automodel.components.loss.embedding_distill": "distilled embeddings",
     "nemo_automodel.components.loss.infonce": "retrieval models",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_automodel.components.config.loader import ConfigNode
-from nemo_automodel.shared.errors import ConfigError, NotSupportedYetError, did_you_mean
+from nemo_automodel.shared.errors import ConfigError, did_you_mean
 
 _MANAGERS = {"FSDP2Manager": "fsdp2", "MegatronFSDPManager": "megatron_fsdp", "DDPManager": "ddp"}
 _PIPELINES = (
@@ -142,9 +142,9 @@ def _manager_keys(config: ConfigNode, translated: list[str], warnings: list[str]
         translated.append("`distributed.backend` → `dist_env.backend`")
     if "world_size" in distributed:
         if distributed.world_size not in (None, 1):
-            raise NotSupportedYetError(
-                f"`distributed.world_size` is {distributed.world_size}: training with several processes is not "
-                "supported yet. Remove it."
+            raise ConfigError(
+                f"`distributed.world_size` is {distributed.world_size}, but the command line says how many processes "
+                f"there are. Remove the key and start the run with --nproc-per-node {distributed.world_size}"
             )
         distributed.remove("world_size")
         translated.append("`distributed.world_size` → the number of processes started")

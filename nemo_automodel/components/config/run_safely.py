@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from nemo_automodel.shared import processes
 from nemo_automodel.shared.errors import LowMemoryStop, UserError
 
 EXIT_USER_ERROR = 2
@@ -39,8 +40,8 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
     """Call ``function`` and return the exit status of the process.
 
     A ``UserError``, a full disk, a missing permission, a full GPU or an operation that adds in no fixed order where one
-    is wanted prints ``error: …`` on one line of stderr and gives 2; a run stopped before the machine swaps gives 3;
-    Ctrl-C gives 130; anything else is a defect and keeps its traceback.
+    is wanted prints ``error: …`` on one line of stderr and gives 2; a run stopped before the machine swaps gives 3, one
+    that lost one of its processes 4; Ctrl-C gives 130; anything else is a defect and keeps its traceback.
 
     Args:
         function: what to run; its result, if a whole number, is the status.
@@ -50,7 +51,8 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
     try:
         status = function()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        if processes.is_first():
+            sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except LowMemoryStop as stop:
         _report(str(stop))
@@ -58,7 +60,7 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
     except UserError as error:
         if shows_traceback:
             raise
-        return _report(str(error))
+        return _report(str(error), error.exit_status)
     except OSError as error:
         if shows_traceback or error.errno not in _DISK_ERRORS:
             raise
@@ -79,6 +81,8 @@ def _wanted(message: str) -> str:
     return f" for another {found[1]}" if found else ""
 
 
-def _report(message: str) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    return EXIT_USER_ERROR
+def _report(message: str, status: int = EXIT_USER_ERROR) -> int:
+    """Say what went wrong; of several processes the first one does, also for the others (`peer_watch`)."""
+    if processes.is_first():
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return status

@@ -72,13 +72,15 @@ class EpochBatchSampler(Sampler[list[int]]):
         replica: int = 0,
         lengths: Sequence[int] | None = None,
         mixture: MixedRows | None = None,
+        shares_all: bool = False,
     ) -> None:
+        """``shares_all``: no row is left out, so some replicas may get one more than others."""
         self.rows, self.piece = rows, batch_size * num_replicas
         self.epoch, self.start = 0, 0
         self._shuffle_seed, self._num_replicas, self._replica = shuffle_seed, num_replicas, replica
         self._lengths = None if lengths is None else np.array(lengths)
         self._mixture = mixture
-        self._unit = self.piece if drop_last else num_replicas
+        self._unit = self.piece if drop_last else 1 if shares_all else num_replicas
         if rows.is_complete:
             self._check_not_empty()
 
@@ -111,8 +113,10 @@ class EpochBatchSampler(Sampler[list[int]]):
         while self._uses(start + 1):
             end = start + self.piece if self._uses(start + self.piece) else self.num_used
             mine = range(start + self._replica, end, self._num_replicas)
-            yield list(mine) if order is None else order[mine].tolist()
             start += self.piece
+            if not mine:
+                return
+            yield list(mine) if order is None else order[mine].tolist()
 
     def batch_at(self, epoch: int, start: int) -> list[int]:
         """Return the rows of the batch that begins after ``start`` rows of an epoch; none where it ends there."""

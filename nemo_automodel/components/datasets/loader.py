@@ -56,8 +56,8 @@ def build_dataloader(
     """Build the loader of one rank.
 
     With ``cfg.batch_size`` None an item of the data set is a batch already and ``collate_fn`` is not called. On one
-    replica no row is lost: the last batch may be smaller. On several, each gets the same number of rows and the few
-    that remain are left out of the epoch.
+    replica no row is lost: the last batch may be smaller. On several, each gets the same number of training rows and
+    the few that remain are left out of the epoch; of validation rows none is.
 
     Raises:
         UserError: keys that do not go together with this kind of data set.
@@ -97,6 +97,7 @@ def build_dataloader(
         replica=replica,
         lengths=lengths,
         mixture=dataset if isinstance(dataset, MixedRows) else None,
+        shares_all=not is_training,
     )
     options |= {"batch_sampler": sampler, "collate_fn": _only_item if batch_size is None else collate_fn}
     return ResumableDataLoader(dataset, sampler, options, section, cfg.timeout)
@@ -197,6 +198,11 @@ class ResumableDataLoader(StatefulDataLoader):  # type: ignore[misc]
             self._rows.epoch = epoch
         elif isinstance(self.dataset, Stream):
             self.dataset.set_epoch(epoch)
+
+    @property
+    def has_numbers(self) -> bool:
+        """Tell whether its rows have numbers; those of a stream have none here."""
+        return self._rows is not None
 
     @property
     def grows(self) -> bool:

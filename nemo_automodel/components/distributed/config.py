@@ -22,7 +22,7 @@ class DistEnvConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """The ``distributed:`` section. One device for now: every size that would need a second process is refused."""
+    """The ``distributed:`` section. Data parallel for now: every other size above 1 is refused."""
 
     strategy: str = "fsdp2"
     dp_size: int | None = None
@@ -88,6 +88,20 @@ class DistributedConfig:
         tile = self.mlp_tile_tokens
         if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 1):
             raise ConfigError(f"`distributed.mlp_tile_tokens: {tile}` is not a number of tokens. Use 1 or more.")
+
+    def check_data_axis(self, num_processes: int) -> None:
+        """Refuse data axes that do not take all processes of a run.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        for key, sizes in (("dp_size", (None, num_processes)), ("dp_replicate_size", (None, 1, num_processes))):
+            size = getattr(self, key)
+            if size not in sizes:
+                raise ConfigError(
+                    f"`distributed.{key}` is {size}, but the run was started as {num_processes} process(es). Leave it "
+                    f"out, or start the run with --nproc-per-node {size}"
+                )
 
     def recompute_policy(self) -> str:
         """Return the name of a policy (`shared.memory_policies`) for every spelling of ``activation_checkpointing``."""

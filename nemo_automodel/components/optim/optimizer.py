@@ -94,8 +94,11 @@ def build_optimizer(
     target: Callable[..., torch.optim.Optimizer],
     kwargs: Mapping[str, Any],
     overrides: Sequence[ParamGroupOverride] = (),
+    is_mine: Callable[[torch.nn.Parameter], bool] | None = None,
 ) -> torch.optim.Optimizer:
     """Make the optimizer of the model's trainable parameters, with a group for each override.
+
+    ``is_mine`` leaves out parameters that another process updates; groups stay, even if nothing is left in them.
 
     Raises:
         UserError: nothing is trainable, an override's pattern finds nothing, or the optimizer refuses its arguments.
@@ -107,6 +110,9 @@ def build_optimizer(
             "`freeze_config` and `quantization` (a quantised model needs `peft`)."
         )
     groups = _groups(trainable, overrides)
+    if is_mine is not None:
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if is_mine(parameter)]
     prepared = prepare_kwargs(target, kwargs)
     if _can_fuse(target, prepared, trainable):
         prepared["fused"] = True

@@ -135,8 +135,16 @@ class StepScheduler:
         UserError: the loader is empty.
     """
 
-    def __init__(self, config: StepSchedulerConfig, loader: TrainLoader, dp_size: int = 1) -> None:
+    def __init__(
+        self,
+        config: StepSchedulerConfig,
+        loader: TrainLoader,
+        dp_size: int = 1,
+        agree: Callable[[int], int] = lambda number: number,
+    ) -> None:
+        """``agree`` returns the largest number that one of the processes passes, in all of them: they stop together."""
         self.config = config
+        self._agree = agree
         self.loader = loader
         self.grad_accum = _grad_accum(config, dp_size)
         """Items of the loader in a step: micro-batches, or one list of them."""
@@ -284,15 +292,17 @@ class StepScheduler:
         Call it once a step, after training and before validating and saving. A signal that arrives later counts for the
         next step.
         """
-        if self._signal is None:
+        number = self._agree(0 if self._signal is None else self._signal.value)
+        if number == 0:
             return step
+        self._signal = signal.Signals(number)
         self._is_stopping = True
         logger.warning("%s received: this step is the last one of this session.", self._signal.name)
         return replace(step, is_preempted=True, validates=False, saves=True)
 
     @property
     def is_signalled(self) -> bool:
-        """Tell whether a signal to stop has arrived, before ``poll`` acts on it."""
+        """Tell whether a signal to stop has arrived at this process, before ``poll`` acts on it."""
         return self._signal is not None
 
     def _note_signal(self, number: signal.Signals) -> None:

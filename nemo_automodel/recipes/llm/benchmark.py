@@ -33,8 +33,10 @@ from nemo_automodel.components.training.flops import StepSize, check_rate, step_
 from nemo_automodel.components.training.step_scheduler import Step
 from nemo_automodel.components.training.stopwatch import Mark, Stopwatch
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
+from nemo_automodel.recipes.several import refuse_benchmark
 from nemo_automodel.shared.dtypes import dtype_name
 from nemo_automodel.shared.errors import ConfigError, UserError
+from nemo_automodel.shared.processes import num_processes
 from nemo_automodel.shared.types import Batch, StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class BenchmarkingRecipeForNextTokenPrediction(TrainFinetuneRecipeForNextTokenPr
 
     def setup(self) -> None:
         """Prepare the run as for training; see the base class."""
+        refuse_benchmark(num_processes())
         super().setup()
         self._watch = Stopwatch(self.device)
         if self.settings.benchmark.peak_tflops is not None:
