@@ -202,7 +202,7 @@ def test_the_older_key_says_where_it_went(config_of):
 
 def test_a_step_that_does_not_fit_ends_the_run(config_of):
     advice = MemoryAdvice(settings_of(config_of(deterministic=True)))
-    found = advice.last_words(Misfit(2, 64, "none", "1 GiB", ""), rescues=False, is_whole_step=False)
+    found = advice.last_words(Misfit(2, 64, "none", "1 GiB", ""), rescues=False)
     assert "under `deterministic: true` no step is done again in parts, which add up otherwise." in found
     assert found.endswith("Set --step_scheduler.local_batch_size 1")
 
