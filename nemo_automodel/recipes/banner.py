@@ -16,7 +16,10 @@ import torch
 import yaml
 
 from nemo_automodel.components.distributed.init_utils import DistInfo
+from nemo_automodel.components.optim.scheduler import SchedulePlan
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
+from nemo_automodel.components.training.step_scheduler import StepScheduler
+from nemo_automodel.recipes.settings import RunSettings
 from nemo_automodel.shared.dtypes import dtype_name
 
 logger = logging.getLogger(__name__)
@@ -79,6 +82,24 @@ def log_model(model: torch.nn.Module) -> None:
         _trainable_norm(model),
     )
     logger.info("Parameters by dtype: trainable %s | frozen %s", _table(trainable), _table(frozen))
+
+
+def log_plan(
+    settings: RunSettings, optimizer: torch.optim.Optimizer, rates: SchedulePlan, schedule: StepScheduler
+) -> None:
+    """Say how the model will be updated: the optimizer, its learning rates, the steps."""
+    logger.info("Optimizer: %s", optimizer)
+    logger.info("LR scheduler: %s", rates)
+    max_tokens = settings.step_scheduler.local_batch_tokens
+    logger.info(
+        "Step scheduler: %s, %s a step, starting at step %d of epoch %d",
+        schedule.describe(),
+        f"{schedule.grad_accum} micro-batches"
+        if max_tokens is None
+        else f"micro-batches of at most {max_tokens:,} tokens",
+        schedule.step,
+        schedule.epoch,
+    )
 
 
 def _sizes_by_dtype(model: torch.nn.Module, is_trainable: bool) -> Counter[str]:

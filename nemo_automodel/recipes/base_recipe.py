@@ -1,9 +1,4 @@
-"""The one loop, and the set-up around it in named steps.
-
-A recipe fills in ``build_data``, ``build_model`` and ``model_name``; everything a run needs besides is here: settings,
-device, random numbers, run directory, optimizer, schedule, checkpoints and loggers. What is cheap to check is checked
-before the model is loaded: the settings, the run directory, the names of the optimizer and the loss, the data, the
-trackers.
+"""The one loop: train, validate, save. What it needs is made before, in ``run_setup``.
 
 ``train_step`` waits for the device once, to read the loss and the gradient norm together, before the update: a step
 that is not finite never reaches the weights (see ``sick_runs`` for what happens then).
@@ -14,84 +9,32 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nemo_automodel._transformers.fast_layers import kernel_table
-from nemo_automodel._transformers.forward import LossFn
-from nemo_automodel._transformers.fp8_base import write_report
-from nemo_automodel._transformers.frozen_head import tied_weights
 from nemo_automodel._transformers.layer_graphs import recorded_bytes
-from nemo_automodel._transformers.model_files import ModelFiles
-from nemo_automodel._transformers.model_source import hide_bars_without_terminal
-from nemo_automodel._transformers.neftune import add_embedding_noise
-from nemo_automodel.components.checkpoint.changes import changes_since, consequences, world_size_line
-from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, SaveError, estimate_num_bytes
-from nemo_automodel.components.checkpoint.disk import check_writable, warn_if_crowded
-from nemo_automodel.components.checkpoint.layout import num_ranks
-from nemo_automodel.components.checkpoint.optimizer_state import OPTIM_KEY, optimizer_entries
-from nemo_automodel.components.checkpoint.parts import Parts, files_of_rank
 from nemo_automodel.components.checkpoint.restore import newest_checkpoint
-from nemo_automodel.components.checkpoint.run_directory import RunDirectory, choose_run_directory
-from nemo_automodel.components.checkpoint.witness import Witness
-from nemo_automodel.components.config import targets
 from nemo_automodel.components.config.loader import ConfigNode
-from nemo_automodel.components.datasets.loader import ResumableDataLoader
-from nemo_automodel.components.datasets.token_budget import MicroBatches
 from nemo_automodel.components.datasets.worker_faults import explained_faults
-from nemo_automodel.components.distributed.grad import clip_grad_norm, copy_from_first, sum_over_ranks
-from nemo_automodel.components.distributed.init_utils import initialize_distributed
-from nemo_automodel.components.distributed.mesh import build_mesh
-from nemo_automodel.components.distributed.ranks import ALONE, Ranks
-from nemo_automodel.components.loggers.log_utils import setup_logging
-from nemo_automodel.components.loggers.run_loggers import RunLoggers
-from nemo_automodel.components.optim.in_backward import StepInBackward
-from nemo_automodel.components.optim.optimizer import (
-    ParamGroupOverride,
-    build_optimizer,
-    parse_overrides,
-    prepare_kwargs,
-)
-from nemo_automodel.components.optim.scheduler import OptimizerParamScheduler, SchedulePlan, plan_schedule
-from nemo_automodel.components.quantization.qat import DelayedStart
-from nemo_automodel.components.training.determinism import switch_determinism
+from nemo_automodel.components.distributed.grad import clip_grad_norm, sum_over_ranks
 from nemo_automodel.components.training.garbage_collection import GarbageCollection
-from nemo_automodel.components.training.rng import ScopedRNG, StatefulRNG
-from nemo_automodel.components.training.step_scheduler import Step, StepScheduler, TrainLoader
-from nemo_automodel.kernels.weight_grad import sum_afterwards
-from nemo_automodel.recipes.banner import log_experiment, log_model
-from nemo_automodel.recipes.data_check import DataCheck
+from nemo_automodel.components.training.rng import ScopedRNG
+from nemo_automodel.components.training.step_scheduler import Step
 from nemo_automodel.recipes.engine import count_label_tokens, count_tokens
-from nemo_automodel.recipes.joint import JointState, heard_by_all, shares_of
-from nemo_automodel.recipes.kernel_record import read_kernels, write_kernels
-from nemo_automodel.recipes.memory_choice import choose_policy
-from nemo_automodel.recipes.memory_record import MemoryRecord
-from nemo_automodel.recipes.memory_rescue import build_engine
-from nemo_automodel.recipes.memory_watch import watch_set_up, watch_training
+from nemo_automodel.recipes.joint import heard_by_all
+from nemo_automodel.recipes.memory_watch import watch_training
 from nemo_automodel.recipes.next_steps import log_what_next
-from nemo_automodel.recipes.packing_proof import prove_packing
-from nemo_automodel.recipes.resume_check import ResumeCheck
-from nemo_automodel.recipes.settings import effective_yaml, load_settings
-from nemo_automodel.recipes.several import check_several, refuse_stream
-from nemo_automodel.recipes.sick_runs import SickRuns
-from nemo_automodel.recipes.utilisation import Utilisation
+from nemo_automodel.recipes.run_setup import RunSetUp
+from nemo_automodel.recipes.saving import save_together
 from nemo_automodel.shared.errors import UserError
-from nemo_automodel.shared.processes import num_processes
-from nemo_automodel.shared.types import Batch, Stateful, StepMetrics
+from nemo_automodel.shared.types import Batch, StepMetrics
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_SEED = 1
-
-
-class ResumableLoader(TrainLoader, Stateful, Protocol):
-    """A training loader whose position a checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -103,292 +46,13 @@ class ValMetrics:
     num_label_tokens: int
 
 
-class BaseRecipe:
+class BaseRecipe(RunSetUp):
     """Set up with ``setup()``, then train with ``run_train_validation_loop()``."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    train_loader: ResumableLoader
-    val_loaders: Mapping[str, Iterable[Batch]]
-    data_check: DataCheck | None = None
-    """The label gate; None where it is off."""
-    kernel_record: dict[str, Any] | None = None
-    """How the run began to compute its fast layers; None for a fresh run."""
-    memory_record: MemoryRecord | None = None
-    """What the run knows of memory; None where only one step is done again."""
-    ranks: Ranks = ALONE
-    """The processes of the run."""
-
     def __init__(self, cfg: ConfigNode) -> None:
-        self.cfg = cfg
-
-    # What a recipe fills in.
-
-    def model_name(self) -> str:
-        """Return the name of the model for logs and trackers."""
-        raise NotImplementedError
-
-    def build_data(self) -> None:
-        """Set ``tokenizer``, ``train_loader`` and ``val_loaders``, and ``data_check`` unless it is off."""
-        raise NotImplementedError
-
-    def build_model(self) -> None:
-        """Set ``model``, on ``device``."""
-        raise NotImplementedError
-
-    # Set-up.
-
-    @heard_by_all
-    def setup(self) -> None:
-        """Prepare everything up to the first step; nothing is loaded for a run that is already finished.
-
-        Raises:
-            UserError: anything the user has to mend, before the first step.
-        """
-        setup_logging()
-        self.settings = load_settings(self.cfg)
-        for notice in self.settings.notices:
-            logger.warning(notice)
-        self.effective = effective_yaml(self.settings)
-        self._set_up_process()
-        self._read_callables()
-        self._choose_run_directory()
-        if self.run_directory.finished:
-            return
-        # not ranked, here and below: all processes read the same rows and begin with the same weights
-        with ScopedRNG(self.settings.seed), self.ranks.first_alone():
-            self.build_data()
-        self._refuse_streams()
-        self.schedule = StepScheduler(
-            self.settings.step_scheduler, self.train_loader, self.mesh.dp_size, self.ranks.largest
-        )
-        if self.data_check is not None:
-            self.data_check.before_model(self.schedule.grad_accum)
-        self._open_loggers()
-        is_resumed = self.run_directory.resume_from is not None
-        if is_resumed:
-            self.kernel_record = read_kernels(self.run_directory.path)
-        with self.ranks.first_alone():
-            self.memory_record = MemoryRecord.open(self.run_directory.path, self.device, is_resumed)
-        if not self.ranks.is_first:
-            self.memory_record.path = None
-        with watch_set_up(self.settings, self.device), ExitStack() as on_failure:
-            on_failure.callback(self.loggers.close, succeeded=False)
-            statistics = None if self.data_check is None else self.data_check.statistics
-            if not self.ranks.is_first:  # what the first one measured and chose counts for all
-                self.memory_record.policy, self.kernel_record = self.ranks.share()
-            self.settings = choose_policy(self.settings, self.device, self.memory_record, statistics)
-            with ScopedRNG(self.settings.seed):
-                self.build_model()
-            if self.ranks.is_first:
-                self.ranks.share((self.memory_record.policy, kernel_table(self.model)))
-                write_kernels(self.run_directory.path, kernel_table(self.model), self.kernel_record)
-                write_report(self.model, self.run_directory.path)
-            self.model.train()
-            self.model_files = ModelFiles(self.model, self.tokenizer)
-            self._build_engine()
-            prove_packing(self.engine, self.settings)
-            self.utilisation = Utilisation(self.model, self.settings, self.device)
-            self._build_optimizer()
-            self._restore()
-            self.ranks.wait_for_all()
-            on_failure.pop_all()
-        log_model(self.model)
-        logger.info("Optimizer: %s", self.optimizer)
-        logger.info("LR scheduler: %s", self.lr_scheduler.plan)
-        logger.info(
-            "Step scheduler: %s, %s a step, starting at step %d of epoch %d",
-            self.schedule.describe(),
-            self._micro_batches_of_a_step(),
-            self.schedule.step,
-            self.schedule.epoch,
-        )
-
-    def _refuse_streams(self) -> None:
-        for section, loader in (("dataset", self.train_loader), *self.val_loaders.items()):
-            inner = loader.loader if isinstance(loader, MicroBatches) else loader
-            if self.ranks.are_several and not (isinstance(inner, ResumableDataLoader) and inner.has_numbers):
-                raise refuse_stream(section, self.ranks.size)
-
-    def _micro_batches_of_a_step(self) -> str:
-        max_tokens = self.settings.step_scheduler.local_batch_tokens
-        if max_tokens is None:
-            return f"{self.schedule.grad_accum} micro-batches"
-        return f"micro-batches of at most {max_tokens:,} tokens"
-
-    def set_up_model(self) -> None:
-        """Prepare the model and its loss alone, without data, run directory or optimizer, to redo a dumped step.
-
-        Raises:
-            UserError: as ``setup``.
-        """
-        self.settings = load_settings(self.cfg)
-        self._find_devices()
-        self._read_callables()
-        with ScopedRNG(self.settings.seed, ranked=True):
-            self.build_model()
-        self.model.train()
-        self._build_engine()
-
-    def _set_up_process(self) -> None:
-        self._find_devices()
-        log_experiment(type(self).__name__, self.model_name(), self.dist, self.effective)
-
-    def _find_devices(self) -> None:
-        hide_bars_without_terminal()
-        switch_determinism(self.settings.deterministic)  # before CUDA starts
-        for notice in check_several(self.settings, num_processes()):
-            logger.warning(notice)
-        self.dist = initialize_distributed(self.settings.dist_env)
-        self.device, self.ranks = self.dist.device, self.dist.ranks
-        self.mesh = build_mesh(self.settings.distributed, self.ranks)
-        if self.ranks.are_several:
-            sum_afterwards()
-        self.rng = StatefulRNG(self.settings.seed, ranked=True)
-
-    def _read_callables(self) -> None:
-        """Find the loss and the optimizer by name and check their arguments."""
-        self.loss_fn: LossFn = self.settings.loss_fn.instantiate()
-        values = self.settings.optimizer.to_dict()
-        target = targets.resolve(values.pop("_target_"), "optimizer._target_")
-        self._optimizer_target: Callable[..., torch.optim.Optimizer] = target
-        self._steps_in_backward: bool = values.pop("in_backward", False)
-        self._overrides: list[ParamGroupOverride] = parse_overrides(values.pop("param_group_overrides", None))
-        self._optimizer_kwargs = prepare_kwargs(target, values)
-
-    def _choose_run_directory(self) -> None:
-        chosen = None
-        if self.ranks.is_first:
-            chosen = choose_run_directory(
-                self.settings.checkpoint.checkpoint_dir, self.settings.checkpoint_dir_is_default, self.effective
-            )
-        self.run_directory: RunDirectory = self.ranks.share(chosen)
-        logger.info(self.run_directory.message)
-
-    def _open_loggers(self) -> None:
-        self.loggers = RunLoggers(
-            self.run_directory.path,
-            total_steps=self.schedule.most_steps,
-            wandb=self.settings.wandb,
-            mlflow=self.settings.mlflow,
-            tensorboard=self.settings.tensorboard,
-            log_remote_every_steps=self.settings.step_scheduler.log_remote_every_steps,
-            config=self.effective,
-            run_name=self.model_name(),
-        )
-
-    def fake_quantize_at(self, step: int) -> None:
-        """Make the model round, or not, as it does in a step; `qat.fake_quant_after_n_steps` says when it begins."""
-        if self._fake_quantization is not None:
-            self._fake_quantization.at_step(step)
-
-    def _build_engine(self) -> None:
-        self._fake_quantization: DelayedStart | None = None
-        if self.settings.qat is not None:
-            self._fake_quantization = DelayedStart(self.model, self.settings.qat.fake_quant_after_n_steps)
-            self.fake_quantize_at(0)
-        if self.settings.noise_alpha:
-            add_embedding_noise(self.model, self.settings.noise_alpha)
-            logger.info("NEFTune: noise on the embeddings, alpha %g.", self.settings.noise_alpha)
-        self.engine = build_engine(self.model, self.settings, self.loss_fn, self.device, self.memory_record)
-
-    def _build_optimizer(self) -> None:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._shares = shares_of(self.settings, trained, self.ranks)
-        self.optimizer = build_optimizer(
-            self.model,
-            self._optimizer_target,
-            self._optimizer_kwargs,
-            self._overrides,
-            is_mine=None if self._shares is None else self._shares.is_mine,
-        )
-        self._in_backward: StepInBackward | None = None
-        if self._steps_in_backward:
-            self._in_backward = StepInBackward(self.optimizer, tied_weights(self.model))
-            self.engine.step_in_backward(self._in_backward)
-        # walking through a model's modules takes a millisecond, so it is not done in every step
-        self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self._shares is not None:
-            self._trainable = trained
-        copy_from_first(self._trainable, self.ranks)
-        config = self.settings.lr_scheduler
-        self.lr_scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            self._plan_schedule(),
-            keeps_saved_plan=config is not None and config.use_checkpoint_opt_param_scheduler is True,
-        )
-
-    def _plan_schedule(self) -> SchedulePlan:
-        config = self.settings.lr_scheduler
-        # without a section nothing depends on the length, so nobody waits for it
-        return plan_schedule(config, self.optimizer, None if config is None else self.schedule.total_steps)
-
-    def _restore(self) -> None:
-        self.checkpointer = Checkpointer(self.settings.checkpoint, self.run_directory.path)
-        num_bytes = estimate_num_bytes(self.model, saves_whole_model=self.settings.peft is None)
-        self.sick_runs = SickRuns(
-            self.settings.loss_guard,
-            self.engine,
-            self.model,
-            self.train_loader,
-            items_are_steps=self.settings.step_scheduler.local_batch_tokens is not None,
-            run_dir=self.run_directory.path,
-            config_yaml=self.effective,
-            num_bytes_reserved=num_bytes if self.settings.checkpoint.enabled else 0,
-            ranks=self.ranks,
-        )
-        if self.settings.checkpoint.enabled and self.ranks.is_first:
-            check_writable(self.run_directory.path, num_bytes)
-            warn_if_crowded(self.run_directory.path, num_bytes, self._most_checkpoints())
-        self.resume_check = ResumeCheck(
-            self.settings.checkpoint.resume_policy, self.engine, self.model, self.train_loader
-        )
-        if self.run_directory.resume_from is not None:
-            self._go_on_from(self.run_directory.resume_from)
-        self.loggers.truncate_after(self.schedule.step - 1)
+        super().__init__(cfg)
+        self._last_batches: Sequence[Batch] = []
         self._step_end_s = time.perf_counter()
-
-    def _go_on_from(self, checkpoint: Path) -> None:
-        changes = changes_since(checkpoint, self.effective)
-        self.checkpointer.load(checkpoint, self.state())
-        self.fake_quantize_at(self.schedule.step - 1)  # as when it was saved, for the check of the resume
-        if self.schedule.realign():
-            self.lr_scheduler.replan(self._plan_schedule())
-        said = consequences(changes)
-        other_size = world_size_line(num_ranks(checkpoint), self.ranks.size, self.settings.dataloader.group_by_length)
-        for line in said if other_size is None else [*said, other_size]:
-            logger.warning("Changed since %s was saved: %s", checkpoint.name, line)
-        if self.ranks.is_first:
-            with explained_faults(self._worked_loaders()):
-                self.resume_check.compare(checkpoint, changes, is_spread_anew=other_size is not None)
-
-    def _most_checkpoints(self) -> int:
-        """Return how many checkpoints will be there at once, as far as that is known; at least 1."""
-        num_steps, every = self.schedule.most_steps, self.settings.step_scheduler.ckpt_every_steps
-        num_saves = 1 if num_steps is None or every is None else -(-(num_steps - self.schedule.step) // every)
-        kept = self.settings.checkpoint.max_recent_checkpoints
-        # the best one is kept beside the newest, and a new one is whole before an old one goes
-        return max(1, num_saves if kept is None else min(num_saves, kept + 2))
-
-    def state(self, witness: Witness | None = None) -> Parts:
-        """Return everything a checkpoint holds, by name; ``witness`` is what a resume compares itself with."""
-        return Parts(
-            model_files=self.model_files,
-            model=self.model,
-            optimizer=self.optimizer,
-            lr_scheduler=self.lr_scheduler,
-            schedule=self.schedule,
-            train_loader=self.train_loader,
-            rng=self.rng,
-            config_yaml=self.effective,
-            loss_guard=self.sick_runs.guard,
-            witness=witness,
-            rank=self.ranks.rank,
-            num_ranks=self.ranks.size,
-            is_share=self._shares is not None,
-        )
-
-    # The loop.
 
     @heard_by_all
     def run_train_validation_loop(self) -> None:
@@ -418,12 +82,6 @@ class BaseRecipe:
                 # the data has no length, so the last step could not know that it was the last
                 self._validate_and_save(replace(done[0], validates=True, saves=True, is_last=True), done[1])
         self._say_what_next(done[0] if done else None)
-
-    def _worked_loaders(self) -> list[ResumableDataLoader]:
-        """Return the loaders that may have processes of their own."""
-        loaders = (self.train_loader, *self.val_loaders.values())
-        inner = [loader.loader if isinstance(loader, MicroBatches) else loader for loader in loaders]
-        return [loader for loader in inner if isinstance(loader, ResumableDataLoader)]
 
     def train_step(self, batches: Sequence[Batch]) -> StepMetrics:
         """Update the weights once from the micro-batches of a step.
@@ -587,39 +245,14 @@ class BaseRecipe:
     def _save(self, step: Step, losses: Mapping[str, float]) -> None:
         """Save, and go on without when that fails, unless it was the last chance of this session."""
         self.loggers.sync()
-        files = self.ranks.gather(
-            files_of_rank(self.ranks.rank, self.train_loader, self.rng) if self.ranks.are_several else {}
+        save_together(
+            self.checkpointer,
+            self.ranks,
+            step,
+            losses,
+            self.state(),
+            lambda: self.resume_check.witness(self._last_batches, step.is_preempted),
         )
-        joint = None if self._shares is None else JointState(self.ranks)
-        if self.ranks.is_first:
-            self._write(step, losses, files[1:], joint)
-        elif joint is not None:
-            joint.join({OPTIM_KEY: optimizer_entries(self.model, self.optimizer)})
-        self.ranks.wait_for_all()
-
-    def _write(
-        self,
-        step: Step,
-        losses: Mapping[str, float],
-        files: Sequence[Mapping[str, bytes]],
-        joint: JointState | None,
-    ) -> None:
-        state = self.state(self.resume_check.witness(self._last_batches, step.is_preempted))
-        for files_of_other in files:
-            state.files_of_others |= files_of_other
-        if joint is not None:
-            state.write_state = joint.write
-        try:
-            self.checkpointer.save(step.index, step.epoch, state, losses, is_last_step=step.is_last)
-            if step.is_last or step.is_preempted:
-                self.checkpointer.finish()
-        except SaveError as error:
-            if step.is_last or step.is_preempted:
-                raise
-            logger.error("%s The run goes on, and the next save tries again.", error)
-        finally:
-            if joint is not None:
-                joint.end()
 
     def _say_what_next(self, step: Step | None) -> None:
         log_what_next(self.run_directory.path, step, self.schedule.step)

@@ -25,8 +25,8 @@ from nemo_automodel._transformers import streamed_load
 from nemo_automodel.cli.app import main
 from nemo_automodel.components.checkpoint.layout import complete_checkpoints, step_of
 from nemo_automodel.components.training.memory_watch import MemoryFloor
-from nemo_automodel.recipes import base_recipe
 from nemo_automodel.recipes import memory_watch as recipe_watch
+from nemo_automodel.recipes import run_setup
 from nemo_automodel.shared.errors import LowMemoryStop
 from nemo_automodel.shared.memory import GIB, Memory
 
@@ -180,7 +180,7 @@ def command(tmp_path: Path, config: dict, *words: str) -> tuple[int, str, float]
             begun[0] = time.monotonic()
             return real(*args)
 
-        base_recipe.watch_set_up = noted
+        run_setup.watch_set_up = noted
         status = main([str(tmp_path / "run.yaml"), *words])
         return status, time.monotonic() - begun[0]
 
