@@ -256,7 +256,10 @@ class RunSetUp:
 
     def _loaders(self) -> Iterator[tuple[str, Any]]:
         """Yield (section, loader) of all data, without what cuts the items of a loader into micro-batches."""
-        for section, loader in (("dataset", self.train_loader), *self.val_loaders.items()):
+        loaders: dict[str, Any] = {"dataset": self.train_loader}
+        for name, loader in self.val_loaders.items():
+            loaders["validation_dataset" if name == "default" else f"validation_dataset_{name}"] = loader
+        for section, loader in loaders.items():
             yield section, loader.loader if isinstance(loader, MicroBatches) else loader
 
     # What the run directory keeps from the beginning: logs, and how the run computes.
