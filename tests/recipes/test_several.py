@@ -21,7 +21,7 @@ def test_a_stream_is_refused_by_the_name_of_its_section():
     made = set_up_of(2)
     made.train_loader, made.val_loaders = iter([]), {}
     with pytest.raises(
-        NotSupportedYetError, match="^`dataset` is a stream, and streams on 2 devices are not supported"
+        NotSupportedYetError, match=r"^`dataset` is a stream, and streams on 2 devices are not supported"
     ):
         made._refuse_streams()
     made = set_up_of(1)
