@@ -286,23 +286,24 @@ def test_a_process_that_is_one_of_several_starts_no_others(
     assert capsys.readouterr().out == ""  # the first process says which file it is
 
 
-@pytest.mark.parametrize(("num_gpus", "num_processes"), [(0, None), (1, None), (3, 3)])
-def test_every_gpu_gets_a_process_unless_told_otherwise(
-    run_yaml: Path, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, num_gpus: int, num_processes: int | None
+@pytest.mark.parametrize("num_gpus", [0, 1, 3])
+def test_one_gpu_is_used_unless_more_are_asked_for(
+    run_yaml: Path, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, num_gpus: int, capsys
 ):
     import torch
 
     launched = []
     monkeypatch.setattr(app, "launch", lambda words, number: launched.append((words, number)) or 7)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    for words, status in ((["run.yaml"], 7), (["run.yaml", "--nproc-per-node", "1"], 0)):
+    for words in (["run.yaml"], ["run.yaml", "--nproc-per-node", "1"], ["benchmark", "llm", "-c", "run.yaml"]):
         recorder.seen.clear()
-        assert main(words) == (status if num_processes else 0)
-        assert ("loop" in recorder.seen) == (not launched or words != ["run.yaml"])
-    assert launched == ([(["run.yaml"], 3)] if num_processes else [])
+        assert main(words) == 0
+        assert "loop" in recorder.seen
+        told = "One of 3 GPUs is used. All of them: --nproc-per-node 3" in capsys.readouterr().out
+        assert told == (num_gpus == 3 and words == ["run.yaml"])
+    assert launched == []
     assert main(["finetune", "llm", "-c", "run.yaml", "--nproc-per-node", "4"]) == 7
-    assert launched[-1] == (["finetune", "llm", "-c", "run.yaml", "--nproc-per-node", "4"], 4)
-    assert main(["benchmark", "llm", "-c", "run.yaml"]) == 0
+    assert launched == [(["finetune", "llm", "-c", "run.yaml", "--nproc-per-node", "4"], 4)]
 
 
 def test_debug_shows_the_traceback(run_yaml: Path):
