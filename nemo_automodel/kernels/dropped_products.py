@@ -21,7 +21,9 @@ from nemo_automodel.kernels.dropout import Dropout, Share, keeps_tile, shares_of
 from nemo_automodel.kernels.jit import jit, runs_triton, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, block_r
 
-BLOCK_T, BLOCK_N = 64, 64
+LOW_TILE, GRAD_TILE = (32, 128), (64, 32)
+"""Rows and columns of a tile. Results have 32 rows: 64 would be multiplied by WGMMA on Hopper, see
+`swiglu_lora.block_t`."""
 _NUM_PROGRAMS = 1024
 """About eight a multiprocessor of an H100; as many partial sums as that takes."""
 
@@ -169,16 +171,16 @@ def _pieces(length: int, block: int, num_others: int) -> tuple[int, int]:
     return -(-tiles // piece_tiles), piece_tiles * block
 
 
-def _constants(shares: list[Share]) -> dict[str, object]:
+def _constants(shares: list[Share], tile: tuple[int, int]) -> dict[str, object]:
     rank_from, dropout = shares[0][0], shares[0][2]
     return {
         "SHARES": tuple((first - rank_from, to - rank_from, mask.salt) for first, to, mask in shares),
         "THRESHOLD": dropout.threshold,
         "SCALE": dropout.scale,
-        "BLOCK_T": BLOCK_T,
-        "BLOCK_N": BLOCK_N,
+        "BLOCK_T": tile[0],
+        "BLOCK_N": tile[1],
         "BLOCK_R": block_r(shares[-1][1] - rank_from),
-        "num_warps": 4 if len(shares) == 1 else 8,  # several masks of a tile take registers
+        "num_warps": 4,
     }
 
 
@@ -186,8 +188,8 @@ def dropped_low_triton(x_TN: torch.Tensor, factor_NR: torch.Tensor, shares: list
     """Do what `dropped_low` says."""
     num_rows, num_cols = x_TN.shape
     out_TR = x_TN.new_zeros((num_rows, factor_NR.shape[1]))
-    blocks = -(-num_rows // BLOCK_T)
-    num_pieces, piece_cols = _pieces(num_cols, BLOCK_N, blocks)
+    blocks = -(-num_rows // LOW_TILE[0])
+    num_pieces, piece_cols = _pieces(num_cols, LOW_TILE[1], blocks)
     for launch in _launches(shares):
         first, to = launch[0][0], launch[-1][1]
         partial_PTR = x_TN.new_empty((num_pieces, num_rows, to - first), dtype=torch.float32)
@@ -204,7 +206,7 @@ def dropped_low_triton(x_TN: torch.Tensor, factor_NR: torch.Tensor, shares: list
             *factor_NR.stride(),
             first,
             to - first,
-            **_constants(launch),
+            **_constants(launch, LOW_TILE),
         )
         out_TR[:, first:to] = partial_PTR.sum(dim=0)
     return out_TR
@@ -214,8 +216,8 @@ def dropped_grad_triton(x_TN: torch.Tensor, low_TR: torch.Tensor, shares: list[S
     """Do what `dropped_grad` says."""
     num_rows, num_cols = x_TN.shape
     out_NR = x_TN.new_zeros((num_cols, low_TR.shape[1]))
-    blocks = -(-num_cols // BLOCK_N)
-    num_chunks, chunk_rows = _pieces(num_rows, BLOCK_T, blocks)
+    blocks = -(-num_cols // GRAD_TILE[1])
+    num_chunks, chunk_rows = _pieces(num_rows, GRAD_TILE[0], blocks)
     for launch in _launches(shares):
         first, to = launch[0][0], launch[-1][1]
         partial_CNR = x_TN.new_empty((num_chunks, num_cols, to - first), dtype=torch.float32)
@@ -232,7 +234,7 @@ def dropped_grad_triton(x_TN: torch.Tensor, low_TR: torch.Tensor, shares: list[S
             *low_TR.stride(),
             first,
             to - first,
-            **_constants(launch),
+            **_constants(launch, GRAD_TILE),
         )
         out_NR[:, first:to] = partial_CNR.sum(dim=0)
     return out_NR

@@ -22,8 +22,9 @@ import torch
 from nemo_automodel.kernels.dropout import Dropout, keeps_tile, shares_of
 from nemo_automodel.kernels.jit import jit, next_power_of_2, runs_triton, tl
 
-_BLOCK_T = 64
+_BLOCK_T = 32
 _BLOCK_N = 128
+"""Of `add_update_`; 32 rows, see `swiglu_lora.block_t`."""
 MAX_BLOCK_R = 64
 """Ranks that meet in one tile; more take several."""
 
@@ -204,5 +205,5 @@ def add_update_triton(y_TN: torch.Tensor, update: Update, residual_TN: torch.Ten
         BLOCK_R=block_r(max(to - first for first, to, _ in shares)),
         BLOCK_T=_BLOCK_T,
         BLOCK_N=_BLOCK_N,
-        num_warps=8,
+        num_warps=4,
     )

@@ -24,12 +24,23 @@ from nemo_automodel.kernels.dropped_products import dropped_low
 from nemo_automodel.kernels.jit import jit, runs_triton, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, Update, block_r, update_tile
 
-BLOCK_T, BLOCK_N, NUM_WARPS, PIECES = 64, 64, 4, 8
-"""Rows and columns of a tile, warps of a program, pieces of a row at least."""
+BLOCK_N, NUM_WARPS, PIECES = 64, 4, 8
+"""Columns of a tile, warps of a program, pieces of a row at least."""
+_SUM_BLOCK_T = 64
 _NUM_PROGRAMS = 1024
 """About eight a multiprocessor of an H100: over few rows, these are cut into more pieces."""
 MASKED_NUM_WARPS = 8
 """Making masks takes registers; with four warps the backward pass spills twice as many."""
+
+
+def block_t(widest_rank: int) -> int:
+    """Return the rows of a tile.
+
+    From 64 rows on Triton multiplies on Hopper by WGMMA, and the ptxas 12.8 and 12.9 it brings get that wrong where
+    operands wait in registers (triton-lang/triton#11781): with 32 ranks a trial on an H100 ended in an illegal memory
+    access. Up to 16 ranks layers were held against fp32 there; more take tiles for the older instructions.
+    """
+    return 64 if widest_rank <= 16 else 32
 
 
 def num_stages(widest_rank: int) -> int:
@@ -321,9 +332,9 @@ def _swiglu_lora_backward_kernel(
         tl.store(to + UP_FROM, up_product, mask=inside_T[:, None] & (ranks < UP_TO - UP_FROM)[None, :])
 
 
-def _grid(num_rows: int, num_cols: int) -> tuple[tuple[int, int], int]:
+def _grid(num_rows: int, num_cols: int, block_rows: int) -> tuple[tuple[int, int], int]:
     """Return the grid and the columns of a piece, a whole number of tiles."""
-    tiles, blocks = -(-num_cols // BLOCK_N), -(-num_rows // BLOCK_T)
+    tiles, blocks = -(-num_cols // BLOCK_N), -(-num_rows // block_rows)
     piece_tiles = -(-tiles // max(PIECES, _NUM_PROGRAMS // blocks))
     return (blocks, -(-tiles // piece_tiles)), piece_tiles * BLOCK_N
 
@@ -343,7 +354,7 @@ def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str
         "BLOCK_R": block_r(_widest(parts)),
         "A_RANK": a_rank,
         "A_BLOCK": block_r(a_rank),
-        "BLOCK_T": BLOCK_T,
+        "BLOCK_T": block_t(max(a_rank, _widest(parts))),
         "BLOCK_N": BLOCK_N,
     }
 
@@ -380,8 +391,8 @@ def _sum_pieces(partial_PTR: torch.Tensor, width: int, dtype: torch.dtype) -> to
     """Add up the pieces into ``[T, width]``, zero behind the ranks; ``width`` is a power of two."""
     num_pieces, num_rows, rank = partial_PTR.shape
     out_TR = torch.empty((num_rows, width), dtype=dtype, device=partial_PTR.device)
-    _sum_pieces_kernel[(-(-num_rows // BLOCK_T),)](
-        partial_PTR, out_TR, num_rows, num_pieces, RANK=rank, WIDTH=width, BLOCK_T=BLOCK_T
+    _sum_pieces_kernel[(-(-num_rows // _SUM_BLOCK_T),)](
+        partial_PTR, out_TR, num_rows, num_pieces, RANK=rank, WIDTH=width, BLOCK_T=_SUM_BLOCK_T
     )
     return out_TR
 
@@ -396,7 +407,8 @@ def swiglu_lora_triton(
 ) -> torch.Tensor | None:
     """Do what `swiglu_lora` says."""
     num_rows, num_cols = out_TF.shape
-    (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols)
+    widest = max(a_rank, _widest(() if update is None else update.parts))
+    (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols, block_t(widest))
     low_TR, factor_RN = (gate_up_TG, gate_up_TG) if update is None else (update.low_TR, update.factor_RN)
     partial_PTR = gate_up_TG.new_empty((num_pieces, num_rows, a_rank), dtype=torch.float32)
     _swiglu_lora_forward_kernel[(grid_rows, num_pieces)](
@@ -420,7 +432,7 @@ def swiglu_lora_triton(
         **_rank_constants(() if update is None else update.parts, a_rank),
         **_drop_constants(a_dropout),
         num_warps=NUM_WARPS if a_dropout is None else MASKED_NUM_WARPS,
-        num_stages=num_stages(max(a_rank, _widest(() if update is None else update.parts))),
+        num_stages=num_stages(widest),
     )
     return None if a_RF is None else _sum_pieces(partial_PTR, a_RF.shape[0], out_TF.dtype)
 
@@ -435,7 +447,8 @@ def swiglu_lora_backward_triton(
 ) -> torch.Tensor | None:
     """Do what `swiglu_lora_backward` says."""
     num_rows, num_cols = dh_TF.shape
-    (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols)
+    widest = max(0 if dh_update is None else dh_update.rank, _widest(parts))
+    (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols, block_t(widest))
     rank = parts[-1][1] if parts else 0
     low_TR = gate_up_TG if update is None else update.low_TR
     factor_RN = gate_up_TG if update is None else update.factor_RN
@@ -467,6 +480,6 @@ def swiglu_lora_backward_triton(
         **_rank_constants(parts, 0 if dh_update is None else dh_update.rank),
         **_drop_constants(dh_dropout),
         num_warps=NUM_WARPS if dh_dropout is None else MASKED_NUM_WARPS,
-        num_stages=num_stages(max(0 if dh_update is None else dh_update.rank, _widest(parts))),
+        num_stages=num_stages(widest),
     )
     return None if b_GR is None else _sum_pieces(partial_PTR, b_GR.shape[1], dh_TF.dtype)

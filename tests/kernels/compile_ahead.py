@@ -1,6 +1,7 @@
-"""Compile every kernel for a list of GPUs without having one, and print the shared memory each needs, as JSON.
+"""Compile every kernel for a list of GPUs without having one.
 
-Run as a program, because a process in which Triton interprets kernels cannot compile them.
+Prints, as JSON, the shared memory each needs and whether it multiplies by WGMMA. Run as a program, because a process in
+which Triton interprets kernels cannot compile them.
 """
 
 from __future__ import annotations
@@ -34,9 +35,19 @@ _NF4_TYPES |= {f"{name}_ptr": "*fp32" for name in ("nested", "map", "offset", "v
 _NF4 = {"IS_NESTED": True, "LARGEST": 448.0, "SIZE": 64}
 _NO_DROPS = {"DROPS_A": False, "A_SALT": 0, "THRESHOLD": 0, "SCALE": 1.0}
 _DROPS = {"DROPS_A": True, "A_SALT": 5, "THRESHOLD": 0xE666, "SCALE": 10.0}
-_ADD = {"HAS_RESIDUAL": True, "BLOCK_R": 64, "BLOCK_T": lora._BLOCK_T, "BLOCK_N": lora._BLOCK_N, "factor_col": 1}
+_ADD = {
+    "HAS_RESIDUAL": True,
+    "BLOCK_R": 64,
+    "BLOCK_T": lora._BLOCK_T,
+    "BLOCK_N": lora._BLOCK_N,
+    "factor_col": 1,
+    "num_warps": 4,
+}
 _PRODUCT = {"SHARES": ((0, 16, 7), (16, 32, 0xDAA66D2B), (32, 48, 9)), "THRESHOLD": 6554, "SCALE": 1.1111}
-_PRODUCT |= {"BLOCK_R": 64, "BLOCK_T": dropped_products.BLOCK_T, "BLOCK_N": dropped_products.BLOCK_N}
+_PRODUCT |= {"BLOCK_R": 64, "num_warps": 4}
+_LOW, _GRAD = (
+    {"BLOCK_T": tile[0], "BLOCK_N": tile[1]} for tile in (dropped_products.LOW_TILE, dropped_products.GRAD_TILE)
+)
 
 
 def _swiglu_lora(rank: int, is_backward: bool, has_update: bool, drops: bool) -> tuple[str, Any, dict, dict]:
@@ -44,7 +55,8 @@ def _swiglu_lora(rank: int, is_backward: bool, has_update: bool, drops: bool) ->
     fits = rank <= lora.MAX_BLOCK_R
     constants = {"HAS_UPDATE": has_update, "GATE_FROM": 0, "UP_FROM": rank, "UP_TO": 2 * rank, "b_rank": 1}
     constants |= {"BLOCK_R": lora.block_r(rank), "A_BLOCK": lora.block_r(rank), "A_RANK": rank}
-    constants |= {"BLOCK_T": swiglu_lora.BLOCK_T, "BLOCK_N": swiglu_lora.BLOCK_N} | (_DROPS if drops else _NO_DROPS)
+    constants |= {"BLOCK_T": swiglu_lora.block_t(rank), "BLOCK_N": swiglu_lora.BLOCK_N}
+    constants |= _DROPS if drops else _NO_DROPS
     constants |= {"num_warps": swiglu_lora.MASKED_NUM_WARPS if drops else swiglu_lora.NUM_WARPS}
     constants |= {"num_stages": swiglu_lora.num_stages(rank)}
     if is_backward:
@@ -158,13 +170,13 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         "dropped low",
         dropped_products._dropped_low_kernel,
         {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
-        _PRODUCT,
+        _PRODUCT | _LOW,
     ),
     (
         "dropped grad",
         dropped_products._dropped_grad_kernel,
         {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
-        _PRODUCT,
+        _PRODUCT | _GRAD,
     ),
     (
         "copy many",
@@ -176,13 +188,15 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         "sum of pieces",
         swiglu_lora._sum_pieces_kernel,
         {"partial_ptr": "*fp32"},
-        {"RANK": 128, "WIDTH": 128, "BLOCK_T": swiglu_lora.BLOCK_T},
+        {"RANK": 128, "WIDTH": 128, "BLOCK_T": swiglu_lora._SUM_BLOCK_T},
     ),
 ]
 
 
-def shared_bytes(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> int:
-    """Compile one kernel for one GPU and return the shared memory of a block.
+def compiled_for(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int
+) -> dict[str, int | bool]:
+    """Compile one kernel for one GPU and return the shared memory of a block, and whether it multiplies by WGMMA.
 
     Where ``constants`` do not say how many warps and stages a launch has, it is eight and three.
     """
@@ -197,14 +211,14 @@ def shared_bytes(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"], "ptxas made nothing"
-    return int(compiled.metadata.shared)
+    return {"shared": int(compiled.metadata.shared), "wgmma": "wgmma" in compiled.asm["ptx"]}
 
 
 if __name__ == "__main__":
     print(
         json.dumps(
             {
-                f"{name} sm_{capability}": shared_bytes(kernel, types, constants, capability)
+                f"{name} sm_{capability}": compiled_for(kernel, types, constants, capability)
                 for name, kernel, types, constants in CASES
                 for capability in map(int, sys.argv[1:])
             }

@@ -24,7 +24,11 @@ def test_every_kernel_compiles_and_fits(tmp_path):
     command = [sys.executable, str(ROOT / "tests/kernels/compile_ahead.py"), *map(str, LIMIT_BYTES)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    needs = json.loads(done.stdout)
-    assert len(needs) >= 24
+    found = json.loads(done.stdout)
+    assert len(found) >= 24
+    needs = {name: kernel["shared"] for name, kernel in found.items()}
     too_much = {name: n for name, n in needs.items() if n > LIMIT_BYTES[int(name.rpartition("_")[2])]}
     assert not too_much
+    # ptxas 12.8 and 12.9 get WGMMA wrong; what is there was held against fp32 on an H100, see `swiglu_lora.block_t`
+    by_wgmma = {name for name, kernel in found.items() if kernel["wgmma"]}
+    assert by_wgmma == {name for name in found if "rank 16" in name and name.endswith("sm_90")}
