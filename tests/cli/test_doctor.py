@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ from torch.nn.attention import SDPBackend
 
 from nemo_automodel.cli import doctor
 from nemo_automodel.cli.app import main
-from nemo_automodel.components.doctor import gpu, host, hub, kernel_probes, packages, probes, tools, view
+from nemo_automodel.components.doctor import assembler, gpu, host, hub, kernel_probes, packages, probes, tools, view
 from nemo_automodel.components.doctor.findings import (
     GIB,
     NOTE,
@@ -49,7 +50,7 @@ MISSING = Ran(None, is_missing=True)
 OF_THIS_MACHINE = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE",
     "HF_HUB_DISABLE_IMPLICIT_TOKEN", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", "DOCKER_HOST", "DOCKER_CONTEXT",
-    "DOCKER_CONFIG", "CC", "TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING",
+    "DOCKER_CONFIG", "CC", "TRITON_INTERPRET", "TRITON_PTXAS_PATH", "CUDA_LAUNCH_BLOCKING",
 )  # fmt: skip
 
 FAKE_PROBES = """
@@ -1195,3 +1196,32 @@ def test_files_with_secrets_keep_their_mode(tmp_path: Path):
     path.chmod(0o600)
     hub.judge_token(hub.find_token({"HF_HOME": str(tmp_path)}), {})
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+# ----------------------------------------------------------------------------------------------- Triton's assembler
+
+
+@pytest.mark.parametrize(("version", "status"), [("12.8", NOTE), ("13.2", NOTE), ("13.3", OK), ("14.0", OK)])
+def test_the_assembler_of_triton_is_asked_on_hopper(machine, programs, version: str, status: str):
+    directory = programs(ptxas=f'echo "Cuda compilation tools, release {version}, V{version}.93"')
+    env = {"TRITON_PTXAS_PATH": str(directory / "ptxas")}
+    found = machine(CUDA_TORCH, env)["gpu.assembler"]
+    assert (found.status, found.what) == (status, f"Triton's ptxas is {version}")
+    assert found.facts == {"ptxas": version, "path": str(directory / "ptxas")}
+    if status == NOTE:
+        assert found.fix[0].endswith("install 'nvidia-cuda-nvcc>=13.3'")
+        assert found.fix[1].endswith("/nvidia/cu13/bin/ptxas")
+    other = replace(CUDA_TORCH, devices=(GB10,))
+    assert "gpu.assembler" not in machine(other, env)
+
+
+def test_an_assembler_that_does_not_answer_is_said(programs):
+    broken = programs(ptxas="echo no such library >&2; exit 1") / "ptxas"
+    found = assembler.check_assembler(broken, PIP)
+    assert found.what == f"Triton's ptxas does not answer: {broken}: no such library"
+    assert found.fix[0] == f"{PIP} 'nvidia-cuda-nvcc>=13.3'"
+
+
+def test_without_a_choice_it_is_the_one_that_triton_brings():
+    found = assembler.find_assembler({})
+    assert found is None or (found.name == "ptxas" and found.is_file())

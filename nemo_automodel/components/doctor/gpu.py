@@ -25,6 +25,8 @@ LEAST_FREE_SHARE = 0.8
 DRIVER_TIMEOUT_S = 8.0
 """nvidia-smi wakes every GPU up, which takes seconds where the persistence daemon does not run."""
 BF16_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
+HOPPER = 9
+"""The major number of its capability."""
 
 _QUERY = ("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")
 
