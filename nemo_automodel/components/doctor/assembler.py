@@ -39,8 +39,8 @@ def judge_assembler(path: Path, ran: Ran, pip: str) -> Finding:
     fix = (f"{pip} '{_PACKAGE}'", f"export TRITON_PTXAS_PATH={packages}/{_PLACE}")
     why = (
         "Versions before 13.3 may compile kernels for Hopper wrongly: compiled layers, and the attention of packed "
-        "rows in families without fast layers. The project's own kernels avoid it or were checked on an H100. A newer one needs "
-        "a driver for CUDA 13."
+        "rows in families without fast layers. The project's own kernels avoid it, or were checked on an H100. A newer "
+        "one needs a driver for CUDA 13."
     )
     found = re.search(r"release (\d+)\.(\d+)", ran.output)
     if not ran.is_good or found is None:
