@@ -102,10 +102,7 @@ def frozen_head_loss(
 
     ``scale`` is a scalar tensor on the device. The weight gets no gradient.
     """
-    loss: torch.Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD.detach(), labels_N, scale, ignore_index, chunk_rows
-    )
-    return loss
+    return trained_head_loss(hidden_ND, weight_VD.detach(), labels_N, scale, ignore_index, chunk_rows)
 
 
 def trained_head_loss(
