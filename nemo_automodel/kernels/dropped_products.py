@@ -23,7 +23,7 @@ from nemo_automodel.kernels.lora import MAX_BLOCK_R, block_r
 
 LOW_TILE, GRAD_TILE = (32, 128), (64, 32)
 """Rows and columns of a tile. Results have 32 rows: 64 would be multiplied by WGMMA on Hopper, see
-`swiglu_lora.block_t`."""
+`swiglu_lora_triton`."""
 _NUM_PROGRAMS = 1024
 """About eight a multiprocessor of an H100; as many partial sums as that takes."""
 
@@ -91,23 +91,29 @@ def _dropped_low_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    piece = tl.program_id(1).to(tl.int64)
+    first_row = tl.program_id(0) * BLOCK_T
+    rows = tl.arange(0, BLOCK_T)
+    inside_T = rows < num_rows - first_row
+    mask_rows = mask_row + first_row + rows
+    piece = tl.program_id(1)
     ranks = tl.arange(0, BLOCK_R)
+    x_ptr += first_row.to(tl.int64) * x_row
     total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     for start in range(0, piece_cols, BLOCK_N):
         first_col = piece * piece_cols + start
         cols = first_col + tl.arange(0, BLOCK_N)
-        mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_row + cols[None, :], mask=mask, other=0.0)
-        factor_at = factor_ptr + cols[:, None] * factor_row + (rank_from + ranks)[None, :] * factor_col
+        inside_N = cols < num_cols
+        x = tl.load(
+            x_ptr + (rows[:, None] * x_row + cols[None, :]), mask=inside_T[:, None] & inside_N[None, :], other=0.0
+        )
+        factor_at = factor_ptr + (cols[:, None] * factor_row + (rank_from + ranks)[None, :] * factor_col)
         for i in tl.static_range(len(SHARES)):
             here = (ranks >= SHARES[i][0]) & (ranks < SHARES[i][1])
-            factor = tl.load(factor_at, mask=(cols < num_cols)[:, None] & here[None, :], other=0.0)
-            keeps = keeps_tile(seed_ptr, mask_row + rows, first_col, num_cols, SHARES[i][2], THRESHOLD, BLOCK_N, True)
+            factor = tl.load(factor_at, mask=inside_N[:, None] & here[None, :], other=0.0)
+            keeps = keeps_tile(seed_ptr, mask_rows, first_col, num_cols, SHARES[i][2], THRESHOLD, BLOCK_N, True)
             total = tl.dot(tl.where(keeps, x, 0.0).to(x.dtype), factor, total, input_precision="ieee")
-    to = partial_ptr + (piece * num_rows + rows)[:, None] * num_ranks + ranks[None, :]
-    tl.store(to, total * SCALE, mask=(rows < num_rows)[:, None] & (ranks < num_ranks)[None, :])
+    to = partial_ptr + (piece.to(tl.int64) * num_rows + first_row + rows)[:, None] * num_ranks + ranks[None, :]
+    tl.store(to, total * SCALE, mask=inside_T[:, None] & (ranks < num_ranks)[None, :])
 
 
 @jit
@@ -132,24 +138,29 @@ def _dropped_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    first_col = tl.program_id(0).to(tl.int64) * BLOCK_N
+    first_col = tl.program_id(0) * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
-    chunk = tl.program_id(1).to(tl.int64)
+    inside_N = cols < num_cols
+    chunk = tl.program_id(1)
+    rows = tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, BLOCK_R)
     total = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     for start in range(0, chunk_rows, BLOCK_T):
-        rows = chunk * chunk_rows + start + tl.arange(0, BLOCK_T)
-        mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_row + cols[None, :], mask=mask, other=0.0)
-        low_at = low_ptr + rows[:, None] * low_row + (rank_from + ranks)[None, :] * low_col
+        first_row = chunk * chunk_rows + start
+        inside_T = rows < num_rows - first_row
+        mask_rows = mask_row + first_row + rows
+        x_at = x_ptr + first_row.to(tl.int64) * x_row + (rows[:, None] * x_row + cols[None, :])
+        x = tl.load(x_at, mask=inside_T[:, None] & inside_N[None, :], other=0.0)
+        low_at = low_ptr + first_row.to(tl.int64) * low_row
+        low_at += rows[:, None] * low_row + (rank_from + ranks)[None, :] * low_col
         for i in tl.static_range(len(SHARES)):
             here = (ranks >= SHARES[i][0]) & (ranks < SHARES[i][1])
-            low = tl.load(low_at, mask=(rows < num_rows)[:, None] & here[None, :], other=0.0)
-            keeps = keeps_tile(seed_ptr, mask_row + rows, first_col, num_cols, SHARES[i][2], THRESHOLD, BLOCK_N, True)
+            low = tl.load(low_at, mask=inside_T[:, None] & here[None, :], other=0.0)
+            keeps = keeps_tile(seed_ptr, mask_rows, first_col, num_cols, SHARES[i][2], THRESHOLD, BLOCK_N, True)
             dropped = tl.where(keeps, x, 0.0).to(x.dtype)
             total = tl.dot(tl.trans(dropped), low, total, input_precision="ieee")
     to = partial_ptr + (chunk * num_cols + cols)[:, None] * num_ranks + ranks[None, :]
-    tl.store(to, total * SCALE, mask=(cols < num_cols)[:, None] & (ranks < num_ranks)[None, :])
+    tl.store(to, total * SCALE, mask=inside_N[:, None] & (ranks < num_ranks)[None, :])
 
 
 def _launches(shares: list[Share]) -> list[list[Share]]:

@@ -24,7 +24,7 @@ from nemo_automodel.kernels.jit import jit, next_power_of_2, runs_triton, tl
 
 _BLOCK_T = 32
 _BLOCK_N = 128
-"""Of `add_update_`; 32 rows, see `swiglu_lora.block_t`."""
+"""Of `add_update_`; 32 rows, see `swiglu_lora_triton`."""
 MAX_BLOCK_R = 64
 """Ranks that meet in one tile; more take several."""
 
@@ -95,32 +95,39 @@ def add_update_reference(y_TN: torch.Tensor, update: Update, residual_TN: torch.
 
 
 @jit
+def low_tile(low_ptr, rows, inside_T, low_row, FROM: tl.constexpr, TO: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Return ``low[rows, FROM:TO]``, its first ``BLOCK_R`` ranks; pointer and ``rows`` start at the tile's row."""
+    ranks = FROM + tl.arange(0, BLOCK_R)
+    return tl.load(
+        low_ptr + (rows[:, None] * low_row + ranks[None, :]), mask=inside_T[:, None] & (ranks < TO)[None, :], other=0.0
+    )
+
+
+@jit
 def update_tile(
+    low,
     low_ptr,
     factor_ptr,
     rows,
     cols,
-    num_rows,
-    num_cols,
+    inside_T,
+    inside_N,
     low_row,
     factor_rank,
     factor_col,
     FROM: tl.constexpr,
     TO: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):
-    """Return ``low[rows, FROM:TO] @ factor[FROM:TO, cols]``, fp32. ``rows`` and ``cols`` are int64 vectors."""
+    """Return ``low[rows, FROM:TO] @ factor[FROM:TO, cols]``, fp32; ``low`` is the `low_tile` of the same ranks."""
+    BLOCK_R: tl.constexpr = low.shape[1]
     total = tl.zeros([rows.shape[0], cols.shape[0]], dtype=tl.float32)
     for start in tl.static_range(FROM, TO, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
-        low = tl.load(
-            low_ptr + rows[:, None] * low_row + ranks[None, :],
-            mask=(rows < num_rows)[:, None] & (ranks < TO)[None, :],
-            other=0.0,
-        )
+        if start > FROM:
+            low = low_tile(low_ptr, rows, inside_T, low_row, start, TO, BLOCK_R)
         factor = tl.load(
-            factor_ptr + cols[None, :] * factor_col + ranks[:, None] * factor_rank,
-            mask=(cols < num_cols)[None, :] & (ranks < TO)[:, None],
+            factor_ptr + (cols[None, :] * factor_col + ranks[:, None] * factor_rank),
+            mask=inside_N[None, :] & (ranks < TO)[:, None],
             other=0.0,
         )
         total = tl.dot(low, factor, total, input_precision="ieee")
@@ -150,31 +157,39 @@ def _add_update_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    first_col = tl.program_id(1).to(tl.int64) * BLOCK_N
+    first_row = tl.program_id(0) * BLOCK_T
+    rows = tl.arange(0, BLOCK_T)
+    inside_T = rows < num_rows - first_row
+    first_col = tl.program_id(1) * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
-    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    at = y_ptr + rows[:, None] * y_row + cols[None, :]
+    inside_N = cols < num_cols
+    mask = inside_T[:, None] & inside_N[None, :]
+    y_ptr += first_row.to(tl.int64) * y_row
+    low_ptr += first_row.to(tl.int64) * low_row
+    at = y_ptr + (rows[:, None] * y_row + cols[None, :])
     y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + rows[:, None] * residual_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        residual_ptr += first_row.to(tl.int64) * residual_row
+        y += tl.load(residual_ptr + (rows[:, None] * residual_row + cols[None, :]), mask=mask, other=0.0).to(tl.float32)
     for i in tl.static_range(len(SHARES)):
+        low = low_tile(low_ptr, rows, inside_T, low_row, SHARES[i][0], SHARES[i][1], BLOCK_R)
         update = update_tile(
+            low,
             low_ptr,
             factor_ptr,
             rows,
             cols,
-            num_rows,
-            num_cols,
+            inside_T,
+            inside_N,
             low_row,
             factor_rank,
             factor_col,
             SHARES[i][0],
             SHARES[i][1],
-            BLOCK_R,
         )
         if THRESHOLD > 0:
-            keeps = keeps_tile(seed_ptr, mask_row + rows, first_col, num_cols, SHARES[i][2], THRESHOLD, BLOCK_N, True)
+            mask_rows = mask_row + first_row + rows
+            keeps = keeps_tile(seed_ptr, mask_rows, first_col, num_cols, SHARES[i][2], THRESHOLD, BLOCK_N, True)
             update = tl.where(keeps, update * SCALE, 0.0)
         y += update
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)

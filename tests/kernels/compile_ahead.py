@@ -26,15 +26,13 @@ from nemo_automodel.kernels import (
     norm,
     norm_grad,
     rope,
-    swiglu_lora,
+    swiglu_lora_triton,
 )
 
 _ROPE = {"NUM_Q": 32, "NUM_KV": 8, "HEAD": 128, "HAS_BIAS": True, "HAS_NORM": True, "BLOCK_H": 16, "BLOCK_E": 64}
 _NF4_TYPES = {"codes_ptr": "*u8", "absmax_ptr": "*u8", "num_numbers": "i64"}
 _NF4_TYPES |= {f"{name}_ptr": "*fp32" for name in ("nested", "map", "offset", "values", "scale")}
 _NF4 = {"IS_NESTED": True, "LARGEST": 448.0, "SIZE": 64}
-_NO_DROPS = {"DROPS_A": False, "A_SALT": 0, "THRESHOLD": 0, "SCALE": 1.0}
-_DROPS = {"DROPS_A": True, "A_SALT": 5, "THRESHOLD": 0xE666, "SCALE": 10.0}
 _ADD = {
     "HAS_RESIDUAL": True,
     "BLOCK_R": 64,
@@ -50,20 +48,21 @@ _LOW, _GRAD = (
 )
 
 
-def _swiglu_lora(rank: int, is_backward: bool, has_update: bool, drops: bool) -> tuple[str, Any, dict, dict]:
+def _swiglu_lora(rank: int, way: str, has_update: bool, drops: str) -> tuple[str, Any, dict, dict]:
     """Return a case of SwiGLU at one rank of every adapter, launched as `swiglu_lora` does."""
     fits = rank <= lora.MAX_BLOCK_R
     constants = {"HAS_UPDATE": has_update, "GATE_FROM": 0, "UP_FROM": rank, "UP_TO": 2 * rank, "b_rank": 1}
     constants |= {"BLOCK_R": lora.block_r(rank), "A_BLOCK": lora.block_r(rank), "A_RANK": rank}
-    constants |= {"BLOCK_T": swiglu_lora.block_t(rank), "BLOCK_N": swiglu_lora.BLOCK_N}
-    constants |= _DROPS if drops else _NO_DROPS
-    constants |= {"num_warps": swiglu_lora.MASKED_NUM_WARPS if drops else swiglu_lora.NUM_WARPS}
-    constants |= {"num_stages": swiglu_lora.num_stages(rank)}
-    if is_backward:
-        kernel, own = swiglu_lora._swiglu_lora_backward_kernel, {"MULTIPLIES": fits, "a_col": 1}
+    constants |= {"BLOCK_T": swiglu_lora_triton.BLOCK_T}
+    constants |= swiglu_lora_triton.shape_of(way == "backward", rank, drops != "nothing")
+    constants |= {"DROPS_A": drops == "a", "SALT": 5, "THRESHOLD": 0xE666, "SCALE": 10.0}
+    constants |= {"num_warps": swiglu_lora_triton.NUM_WARPS}
+    if way == "backward":
+        kernel, own = swiglu_lora_triton._swiglu_lora_backward_kernel, {"MULTIPLIES": fits, "a_col": 1}
     else:
-        kernel, own = swiglu_lora._swiglu_lora_forward_kernel, {} if fits else {"A_RANK": 0}
-    name = f"swiglu {'backward' if is_backward else 'forward'}, rank {rank}, update {has_update}, mask {drops}"
+        kernel = swiglu_lora_triton._swiglu_lora_forward_kernel
+        own = {"DROPS_UPDATE": drops == "update", "IS_EVEN": True} | ({} if fits else {"A_RANK": 0})
+    name = f"swiglu {way}, rank {rank}, update {has_update}, mask over {drops}"
     return name, kernel, {"partial_ptr": "*fp32", "seed_ptr": "*i64"}, constants | own
 
 
@@ -159,12 +158,12 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         _ADD | {key: _PRODUCT[key] for key in ("SHARES", "THRESHOLD", "SCALE")},
     ),
     *(
-        _swiglu_lora(rank, is_backward, has_update, drops)
+        _swiglu_lora(rank, way, has_update, drops)
         for rank in (16, 32, 64, 128)
-        for is_backward in (False, True)
+        for way in ("forward", "backward")
         for has_update in (False, True)
-        for drops in (False, True)
-        if rank > 32 or (has_update and drops)
+        for drops in ("nothing", "a", "update")
+        if (rank > 32 or has_update) and (drops != "update" or (has_update and way == "forward"))
     ),
     (
         "dropped low",
@@ -186,9 +185,9 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
     ),
     (
         "sum of pieces",
-        swiglu_lora._sum_pieces_kernel,
+        swiglu_lora_triton._sum_pieces_kernel,
         {"partial_ptr": "*fp32"},
-        {"RANK": 128, "WIDTH": 128, "BLOCK_T": swiglu_lora._SUM_BLOCK_T},
+        {"RANK": 128, "WIDTH": 128, "BLOCK_T": swiglu_lora_triton._SUM_BLOCK_T},
     ),
 ]
 

@@ -29,6 +29,5 @@ def test_every_kernel_compiles_and_fits(tmp_path):
     needs = {name: kernel["shared"] for name, kernel in found.items()}
     too_much = {name: n for name, n in needs.items() if n > LIMIT_BYTES[int(name.rpartition("_")[2])]}
     assert not too_much
-    # ptxas 12.8 and 12.9 get WGMMA wrong; what is there was held against fp32 on an H100, see `swiglu_lora.block_t`
-    by_wgmma = {name for name, kernel in found.items() if kernel["wgmma"]}
-    assert by_wgmma == {name for name in found if "rank 16" in name and name.endswith("sm_90")}
+    # ptxas 12.8 and 12.9 get it wrong, see `swiglu_lora_triton`
+    assert not {name for name, kernel in found.items() if kernel["wgmma"]}

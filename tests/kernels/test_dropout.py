@@ -162,6 +162,38 @@ def oracle_of_swiglu(gate_up, dh, update, dh_update, a, b, h_factors):
 
 @pytest.mark.parametrize("run", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "rank"), [((3, 7), 3), ((67, 130), 3), ((5, 70), 70)])
+def test_swiglu_with_its_update_under_a_mask(run, dtype, shape, rank, monkeypatch):
+    """The sums are written over gate and up, rounded, and h and its product are made of them."""
+    torch.manual_seed(shape[1])
+    rows, width = shape
+    parts, ranks = ((0, rank), (rank, 2 * rank)), 2 * rank + 2
+    gate_up = in_wider_buffer((torch.randn(rows, 2 * width) * 2).to(dtype), 5)
+    low, a = torch.randn(rows, ranks).to(dtype) * 0.3, torch.zeros(ranks, width)
+    b = torch.zeros(2 * width, ranks)
+    b[:width, :rank], b[width:, rank : 2 * rank] = torch.randn(width, rank) * 0.3, torch.randn(width, rank) * 0.3
+    a[:rank] = torch.randn(rank, width) * 0.1
+    a, b, over = a.to(dtype), b.to(dtype), mask(5, 13, 0.4, first_row=9)
+    factors = over.apply(torch.ones(rows, 2 * width, dtype=torch.float64))
+    oracle_sum = gate_up.double() + low.double() @ b.double().t() * factors
+    gate, up = oracle_sum.chunk(2, dim=-1)
+    oracle_h = gate * torch.sigmoid(gate) * up
+    results = []
+    for name in (run, "reference"):
+        if name == "triton":
+            monkeypatch.setattr(swiglu_lora, "runs_triton", lambda tensor: True)
+        h, work = filled(*shape, dtype=dtype), gate_up.clone()
+        low_h = swiglu_lora.swiglu_lora(work, h, Update(low, b.t(), parts, (over,)), a, rank)
+        results.append((work, h, low_h))
+        monkeypatch.undo()
+    for checked, oracle, plain in zip(
+        results[0], (oracle_sum, oracle_h, oracle_h @ a.double().t()), results[1], strict=True
+    ):
+        assert_close(checked, oracle, plain)
+
+
+@pytest.mark.parametrize("run", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "rank"), [((3, 7), 3), ((33, 130), 3), ((5, 70), 70)])
 def test_swiglu(run, dtype, shape, rank, monkeypatch):
     """Rank 70 takes the road of a GPU for ranks that do not fit a tile."""

@@ -108,8 +108,12 @@ class Dropped:
         return self.masks[0] if self.is_post else None
 
     def pending(self, low_TR: torch.Tensor | None) -> Update | None:
-        """Return what `forward_pending` leaves to be added: under a mask nothing."""
-        return None if self.is_post else self.store.pending(low_TR)
+        """Return what `forward_pending` leaves to be added, under its mask if there is one."""
+        if not self.is_post or low_TR is None:
+            return self.store.pending(low_TR)
+        b_NR = self.store.b_NR
+        assert b_NR is not None
+        return Update(low_TR, b_NR.t(), self.store.rank_parts, self.masks)
 
     def base_outputs(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None) -> torch.Tensor:
         """Return the base's outputs, the bias added; `add_masked` adds the adapters'."""
@@ -119,9 +123,7 @@ class Dropped:
         self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None
     ) -> torch.Tensor:
         """Return the outputs without `pending`."""
-        if not self.is_post:
-            return self.store.forward_pending(x_TM, low_TR, rounded)
-        return self.forward(x_TM, low_TR, rounded)
+        return self.store.forward_pending(x_TM, None if self.is_post else low_TR, rounded)
 
     def forward(self, x_TM: torch.Tensor, low_TR: torch.Tensor | None, rounded: Rounded | None = None) -> torch.Tensor:
         """Return the outputs; see `WeightStore.forward`."""
@@ -143,9 +145,9 @@ class Dropped:
         self, y_TN: torch.Tensor, low_TR: torch.Tensor, residual_TN: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Add the adapters' outputs under their mask, and the residual, in place."""
-        b_NR = self.store.b_NR
-        assert b_NR is not None
-        return add_update_(y_TN, Update(low_TR, b_NR.t(), self.store.rank_parts, self.masks), residual_TN)
+        update = self.pending(low_TR)
+        assert update is not None
+        return add_update_(y_TN, update, residual_TN)
 
     def dgrad_pending(self, dy_TM: torch.Tensor, dlow_TR: torch.Tensor | None) -> tuple[torch.Tensor, Update | None]:
         """Return the gradient of the inputs and what is still to be added to it."""

@@ -18,6 +18,7 @@ from nemo_automodel.components.fast.choices import Choices
 from nemo_automodel.components.fast.policies import POLICIES, Memory, Policy, RoundedHalves
 from nemo_automodel.components.fast.spec import DecoderSpec
 from nemo_automodel.components.fast.weight_store import WeightStore
+from nemo_automodel.kernels.lora import add_update_
 from nemo_automodel.kernels.norm import rms_norm, rms_norm_backward
 from nemo_automodel.kernels.swiglu_lora import swiglu_lora, swiglu_lora_backward
 
@@ -108,6 +109,7 @@ class MlpPart:
         gate_up_TM = self._make_gate_up(tile, gate_up, x_mid_TD, residual_TD)
         tile.gate_up = gate_up_TM
         if not (wants_output or down.has_adapters):
+            _add_masked(gate_up, gate_up_TM, tile.low_gate_up)
             return x_mid_TD
         h_TM, update = down.input_buffer(len(x_mid_TD)), gate_up.pending(tile.low_gate_up)
         a_RF = down.a_RK if self.choices.swiglu_products else None
@@ -120,7 +122,7 @@ class MlpPart:
     def _make_gate_up(
         self, tile: MlpTile, gate_up: WeightStore, x_mid_TD: torch.Tensor, residual_TD: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return gate and up, for the first time or, what ``tile`` knows already left out, again."""
+        """Return gate and up without `pending`, for the first time or, what ``tile`` knows already left out, again."""
         x2_TM = gate_up.input_buffer(len(x_mid_TD))
         x2, to_TD = gate_up.room_for_rounded(len(x_mid_TD)), x2_TM[:, : gate_up.num_in]
         eps, weight_D = self.spec.norm_eps, self._norm2.weight
@@ -130,14 +132,16 @@ class MlpPart:
         return gate_up.forward_pending(x2_TM, tile.low_gate_up, x2)
 
     def _take_gate_up(self, tile: MlpTile, gate_up: WeightStore, saved: MlpSaved) -> torch.Tensor:
-        """Return gate and up for the backward pass, and let go of what is kept of them."""
+        """Return gate and up for the backward pass, any masked update added, and let go of what is kept of them."""
         x_mid_TD = tile.of(saved.x_mid_TD)
         if tile.rstd_T is None:
             assert saved.residual_TD is not None
             self._tile_forward(tile, x_mid_TD, tile.of(saved.residual_TD), wants_output=False)
         kept, tile.gate_up = tile.gate_up, None
         if kept is None:
-            return self._make_gate_up(tile, gate_up, x_mid_TD, None)
+            gate_up_TM = self._make_gate_up(tile, gate_up, x_mid_TD, None)
+            _add_masked(gate_up, gate_up_TM, tile.low_gate_up)
+            return gate_up_TM
         return kept if isinstance(kept, torch.Tensor) else kept.write_to(gate_up.output_buffer(len(x_mid_TD)))
 
     # Backward.
@@ -173,7 +177,8 @@ class MlpPart:
         dh_TF, dh_update = down.dgrad_pending(dy_TM, dlow_down)
         # what B multiplies under a mask is a product of its own: three masks in one kernel do not fit its registers
         b_GR = gate_up.b_NR if self.choices.swiglu_products and gate_up.output_mask is None else None
-        update = gate_up.pending(tile.low_gate_up)
+        # under a mask gate and up hold their update already
+        update = gate_up.pending(tile.low_gate_up) if gate_up.output_mask is None else None
         gate_up_TG = gate_up_TM[:, : gate_up.num_out]
         dlow_gate_up = swiglu_lora_backward(dh_TF, gate_up_TG, update, dh_update, b_GR, gate_up.rank_parts)
         # now dh_TF holds the SwiGLU product, gate_up_TG its gradients
@@ -197,6 +202,13 @@ class MlpPart:
         )
         grads = gate_up.adapter_grads(x2_TD, gate_up_TM, tile.low_gate_up, dlow_gate_up)
         return dx_mid_TM, [*grads, *down_grads]
+
+
+def _add_masked(gate_up: WeightStore, gate_up_TM: torch.Tensor, low_TR: torch.Tensor | None) -> None:
+    """Add the update that lies under a mask, if there is one, as SwiGLU's forward pass does."""
+    update = gate_up.pending(low_TR) if gate_up.output_mask is not None else None
+    if update is not None:
+        add_update_(gate_up_TM[:, : gate_up.num_out], update)
 
 
 def _sum(total: list[torch.Tensor], grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
