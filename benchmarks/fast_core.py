@@ -62,7 +62,7 @@ from nemo_automodel.components.training.flops import StepSize
 from nemo_automodel.kernels import dropped_products, fp8, linear_ce, norm, rope, swiglu_lora
 from nemo_automodel.kernels.copy_many import CopyMany, copy_many_reference
 from nemo_automodel.kernels.dropout import Dropout, shares_of
-from nemo_automodel.kernels.jit import HAS_TRITON
+from nemo_automodel.kernels.jit import HAS_TRITON, next_power_of_2
 from nemo_automodel.kernels.lora import Update, add_update_reference, add_update_triton
 
 PEAK_TFLOPS = {part: half for part, (half, _) in flops.PEAK_TFLOPS.items()}
@@ -248,31 +248,55 @@ def swiglu_case() -> Case:
 
 
 def swiglu_lora_case() -> Case:
-    rows, width, parts, a_rank, ranks = 515, 5123, ((0, 16), (16, 27)), 16, 64
+    """SwiGLU at every way its kernels are compiled: odd widths and wide loads, each number of tiles, each mask."""
+    found: Case = {}
+    for width, rank, has_update, masked in (
+        (5123, 11, True, "nothing"),
+        (5123, 11, True, "update"),
+        (5123, 11, True, "a"),
+        *((5120, rank, has, "nothing") for rank in (8, 16, 32, 64, 128) for has in (False, True)),
+        *((5120, rank, True, masked) for rank in (16, 32, 64, 128) for masked in ("update", "a")),
+        (5120, 16, False, "a"),
+    ):
+        found |= _swiglu_lora_case(width, rank, has_update, masked)
+    return found
+
+
+def _swiglu_lora_case(width: int, rank: int, has_update: bool, masked: str) -> Case:
+    rows, parts, seed = 515, ((0, rank), (rank, 2 * rank)), torch.tensor([2**40 + 7], device="cuda")
+    ranks = next_power_of_2(2 * rank)  # stacked adapters are rounded up, the rest is zero
     gate_up, dh = _random(rows, 2 * width) * 2, _random(rows, width)
     low, dlow, a = _random(rows, ranks), _random(rows, ranks), _random(ranks, width) * 0.1
-    a[a_rank:] = 0
+    a[rank:] = 0
     b = torch.zeros(2 * width, ranks, dtype=torch.bfloat16, device="cuda")
     for index, (first, to) in enumerate(parts):
-        b[index * width : (index + 1) * width, first:to] = _random(width, to - first) * 0.3
-    leaf = gate_up.double().requires_grad_()
-    gate, up = (leaf + low.double() @ b.double().t()).chunk(2, dim=-1)
+        b[index * width : (index + 1) * width, first:to] = _random(width, rank) * 0.3
+    over_h, over_update = (torch.ones(rows, n, device="cuda").double() for n in (width, 2 * width))
+    a_mask, update_mask = Dropout(seed, 9, 0.1), Dropout(seed, 10, 0.1)
+    over_h = a_mask.apply(over_h) if masked == "a" else over_h
+    over_update = update_mask.apply(over_update) if masked == "update" else over_update
+    added = low.double() @ b.double().t() * over_update if has_update else 0.0
+    leaf = (gate_up.double() + added).requires_grad_()
+    gate, up = leaf.chunk(2, dim=-1)
     h = gate * torch.sigmoid(gate) * up
-    grad = torch.autograd.grad(h, leaf, dh.double() + dlow.double() @ a.double())[0]
+    grad = torch.autograd.grad(h, leaf, dh.double() + dlow.double() @ a.double() * over_h)[0]
     h = h.detach()
-    update, dh_update = Update(low, b.t(), parts), Update(dlow, a, ((0, a_rank),))
+    update = Update(low, b.t(), parts, (update_mask,) if masked == "update" else ()) if has_update else None
+    dh_update = Update(dlow, a, ((0, rank),), (a_mask,) if masked == "a" else ())
     results = []
-    for forward, backward in (
-        (swiglu_lora.swiglu_lora_triton, swiglu_lora.swiglu_lora_backward_triton),
-        (swiglu_lora.swiglu_lora_reference, swiglu_lora.swiglu_lora_backward_reference),
-    ):
+    for form in ("triton", "reference"):
+        runs = form == "triton"
         out, work, again = _nan(rows, width + 64)[:, :width], gate_up.clone(), dh.clone()
-        low_h = forward(gate_up, out, update, a, a_rank)
-        product = backward(again, work, update, dh_update, b, parts)
+        forward = swiglu_lora.swiglu_lora if runs else swiglu_lora.swiglu_lora_reference
+        backward = swiglu_lora.swiglu_lora_backward if runs else swiglu_lora.swiglu_lora_backward_reference
+        low_h = forward(work, out, update, a, rank, a_mask if masked == "a" else None)
+        # under a mask gate and up have become the sums
+        product = backward(again, work, None if masked == "update" else update, dh_update, b, parts)
         results.append((out, work, again, low_h, product))
-    oracle = (h, grad, h, h @ a.double().t(), grad @ b.double())
+    oracle = (h, grad, h, (h * over_h) @ a.double().t(), grad @ b.double())
     names = ("h", "dgate_up", "h again", "h·A", "d·B")
-    return {f"swiglu lora {n}": case for n, *case in zip(names, *results, oracle, strict=True)}  # type: ignore[misc]
+    what = f"swiglu {width} r{rank}{' +update' if has_update else ''} mask {masked}"
+    return {f"{what} {n}": case for n, *case in zip(names, *results, oracle, strict=True)}  # type: ignore[misc]
 
 
 def add_update_case() -> Case:
@@ -322,35 +346,6 @@ def dropped_case() -> Case:
         add_update_triton(added, update, None)
         add_update_reference(plain, update, None)
         found[f"update under {name}"] = (added, plain, total)
-    return found | dropped_swiglu_case(seed)
-
-
-def dropped_swiglu_case(seed: torch.Tensor) -> Case:
-    found: Case = {}
-    rows, width, parts, rank = 515, 5123, ((0, 16), (16, 27)), 16
-    gate_up, dh = _random(rows, 2 * width) * 2, _random(rows, width)
-    low, dlow, a = _random(rows, 64), _random(rows, 64), _random(64, width) * 0.1
-    a[rank:] = 0
-    b = torch.zeros(2 * width, 64, dtype=torch.bfloat16, device="cuda")
-    for index, (first, to) in enumerate(parts):
-        b[index * width : (index + 1) * width, first:to] = _random(width, to - first) * 0.3
-    mask = Dropout(seed, 9, 0.1)
-    over_h = mask.apply(torch.ones(rows, width, device="cuda").double())
-    leaf = gate_up.double().requires_grad_()
-    gate, up = (leaf + low.double() @ b.double().t()).chunk(2, dim=-1)
-    h = gate * torch.sigmoid(gate) * up
-    grad = torch.autograd.grad(h, leaf, dh.double() + dlow.double() @ a.double() * over_h)[0]
-    h = h.detach()
-    oracle = (h, grad, h, (h * over_h) @ a.double().t(), grad @ b.double())
-    update, dh_update = Update(low, b.t(), parts), Update(dlow, a, ((0, rank),), (mask,))
-    results = []
-    for run in ("triton", "reference"):
-        out, work, again = _nan(rows, width + 64)[:, :width], gate_up.clone(), dh.clone()
-        low_h = getattr(swiglu_lora, f"swiglu_lora_{run}")(gate_up, out, update, a, rank, mask)
-        product = getattr(swiglu_lora, f"swiglu_lora_backward_{run}")(again, work, update, dh_update, b, parts)
-        results.append((out, work, again, low_h, product))
-    names = ("h", "dgate_up", "h again", "h·A", "d·B")
-    found |= {f"swiglu under a mask {n}": case for n, *case in zip(names, *results, oracle, strict=True)}  # type: ignore[misc]
     return found
 
 
