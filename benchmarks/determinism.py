@@ -256,6 +256,8 @@ def killed_recipe(args: argparse.Namespace) -> dict[str, Any]:
         was_killed = killed_run.poll() is None
         killed_run.send_signal(signal.SIGKILL)
         killed_run.wait()
+        if not was_killed:
+            raise SystemExit(f"the recipe ended before it was killed:\n{(work / 'log').read_text()[-3000:]}")
         before = _records(killed)
         statuses = [_start(_recipe(work, killed, args), work).wait(), whole_run.wait()]
         if any(statuses):
@@ -263,8 +265,7 @@ def killed_recipe(args: argparse.Namespace) -> dict[str, Any]:
         expected, found = _records(whole), _records(killed)
         log = (work / "log").read_text()
         return {
-            "equal": was_killed and expected == found and len(found) == 8,
-            "was_killed": was_killed,
+            "equal": expected == found and len(found) == 8,
             "records_at_the_kill": len(before),
             "losses": [record["loss"] for record in expected],
             "losses_resumed": [record["loss"] for record in found],
@@ -303,13 +304,14 @@ def _recipe(work: Path, run_dir: Path, args: argparse.Namespace) -> Path:
 
 
 def _start(config: Path, work: Path) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "NEMO_AUTOMODEL_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
     with (work / "log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "nemo_automodel/recipes/llm/train_ft.py"), "-c", str(config)],
             stdout=log,
             stderr=log,
-            env={**env, "PYTHONPATH": str(ROOT)},
+            env={**env, "PYTHONPATH": path},
         )
 
 

@@ -83,7 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30, help="timed window of each case")
     parser.add_argument("--layers", type=int, help="layers of the timed model")
-    parser.add_argument("--cases", default="fast,fp8,plain", help="which steps to time, comma-separated")
+    parser.add_argument("--cases", default="fast,fp8,plain", help="which steps to time, comma-separated; empty: none")
     parser.add_argument("--family", default="llama", choices=SHAPES, help="shape of the timed model")
     parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch")
     parser.add_argument("--seq-len", type=int, default=4096)
@@ -105,7 +105,7 @@ def main() -> int:
         record["kernels"] = check_kernels(args.device, failures)
         record["layers"] = {family: check_layer(family, args, failures) for family in SHAPES}
     record["steps"] = {}
-    for case in re.split(r",(?![a-z_]+=)", args.cases):
+    for case in filter(None, re.split(r",(?![a-z_]+=)", args.cases)):
         record["steps"][case] = time_case(case, args)
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n")

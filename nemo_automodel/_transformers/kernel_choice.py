@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from nemo_automodel.components.fast.dispatch import (
 )
 from nemo_automodel.components.fast.weight_store import DenseStore, WeightStore
 from nemo_automodel.components.quantization.linear4bit import Linear4bit
+from nemo_automodel.kernels.assembler import HOPPER, find_assembler, version_of
 from nemo_automodel.kernels.jit import HAS_TRITON
 from nemo_automodel.shared.cache import cache_directory
 from nemo_automodel.shared.determinism import is_deterministic
@@ -138,6 +140,8 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         found |= {"gpu": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
+        if HAS_TRITON and major == HOPPER and (ptxas := find_assembler(os.environ, torch.version.cuda)) is not None:
+            found["ptxas"] = ".".join(map(str, version_of(ptxas) or ("unknown",)))
         found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
     return found
 

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 
 import torch
 
+from nemo_automodel.kernels.assembler import tile_rows
 from nemo_automodel.kernels.dropout import Dropout, Share, keeps_tile, shares_of
 from nemo_automodel.kernels.jit import jit, runs_triton, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, block_r
 
-LOW_TILE, GRAD_TILE = (32, 128), (64, 32)
-"""Rows and columns of a tile. Results have 32 rows: 64 would be multiplied by WGMMA on Hopper, see
-`swiglu_lora_triton`."""
+LOW_COLS, GRAD_ROWS = {32: 128, 64: 64}, {32: 64, 64: 64}
+"""The other side of a tile whose results have as many rows as `tile_rows` says."""
 _NUM_PROGRAMS = 1024
 """About eight a multiprocessor of an H100; as many partial sums as that takes."""
 
@@ -199,8 +199,10 @@ def dropped_low_triton(x_TN: torch.Tensor, factor_NR: torch.Tensor, shares: list
     """Do what `dropped_low` says."""
     num_rows, num_cols = x_TN.shape
     out_TR = x_TN.new_zeros((num_rows, factor_NR.shape[1]))
-    blocks = -(-num_rows // LOW_TILE[0])
-    num_pieces, piece_cols = _pieces(num_cols, LOW_TILE[1], blocks)
+    height = tile_rows(x_TN.device)
+    tile = height, LOW_COLS[height]
+    blocks = -(-num_rows // tile[0])
+    num_pieces, piece_cols = _pieces(num_cols, tile[1], blocks)
     for launch in _launches(shares):
         first, to = launch[0][0], launch[-1][1]
         partial_PTR = x_TN.new_empty((num_pieces, num_rows, to - first), dtype=torch.float32)
@@ -217,7 +219,7 @@ def dropped_low_triton(x_TN: torch.Tensor, factor_NR: torch.Tensor, shares: list
             *factor_NR.stride(),
             first,
             to - first,
-            **_constants(launch, LOW_TILE),
+            **_constants(launch, tile),
         )
         out_TR[:, first:to] = partial_PTR.sum(dim=0)
     return out_TR
@@ -227,8 +229,10 @@ def dropped_grad_triton(x_TN: torch.Tensor, low_TR: torch.Tensor, shares: list[S
     """Do what `dropped_grad` says."""
     num_rows, num_cols = x_TN.shape
     out_NR = x_TN.new_zeros((num_cols, low_TR.shape[1]))
-    blocks = -(-num_cols // GRAD_TILE[1])
-    num_chunks, chunk_rows = _pieces(num_rows, GRAD_TILE[0], blocks)
+    height = tile_rows(x_TN.device)
+    tile = GRAD_ROWS[height], height
+    blocks = -(-num_cols // tile[1])
+    num_chunks, chunk_rows = _pieces(num_rows, tile[0], blocks)
     for launch in _launches(shares):
         first, to = launch[0][0], launch[-1][1]
         partial_CNR = x_TN.new_empty((num_chunks, num_cols, to - first), dtype=torch.float32)
@@ -245,7 +249,7 @@ def dropped_grad_triton(x_TN: torch.Tensor, low_TR: torch.Tensor, shares: list[S
             *low_TR.stride(),
             first,
             to - first,
-            **_constants(launch, GRAD_TILE),
+            **_constants(launch, tile),
         )
         out_NR[:, first:to] = partial_CNR.sum(dim=0)
     return out_NR

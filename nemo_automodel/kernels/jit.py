@@ -9,11 +9,13 @@ arguments are pointers and numbers that no annotation describes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_automodel.kernels.assembler import use_sound_one
 from nemo_automodel.shared.imports import is_available
 
 HAS_TRITON = is_available("triton")
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     tl: Any
 elif HAS_TRITON:
+    use_sound_one(os.environ, torch.version.cuda)
     import triton.language as tl
     from triton import jit
 else:

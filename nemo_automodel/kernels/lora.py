@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo_automodel.kernels.assembler import tile_rows
 from nemo_automodel.kernels.dropout import Dropout, keeps_tile, shares_of
 from nemo_automodel.kernels.jit import jit, next_power_of_2, runs_triton, tl
 
-_BLOCK_T = 32
 _BLOCK_N = 128
-"""Of `add_update_`; 32 rows, see `swiglu_lora_triton`."""
+"""Columns of a tile of `add_update_`."""
 MAX_BLOCK_R = 64
 """Ranks that meet in one tile; more take several."""
 
@@ -200,7 +200,8 @@ def add_update_triton(y_TN: torch.Tensor, update: Update, residual_TN: torch.Ten
     num_rows, num_cols = y_TN.shape
     shares = [(0, update.rank, None)] if not update.dropouts else shares_of(update.parts, update.dropouts)
     dropout = update.dropouts[0] if update.dropouts else None
-    _add_update_kernel[(-(-num_rows // _BLOCK_T), -(-num_cols // _BLOCK_N))](
+    block_rows = tile_rows(y_TN.device)
+    _add_update_kernel[(-(-num_rows // block_rows), -(-num_cols // _BLOCK_N))](
         y_TN,
         y_TN if residual_TN is None else residual_TN,
         update.low_TR,
@@ -218,7 +219,7 @@ def add_update_triton(y_TN: torch.Tensor, update: Update, residual_TN: torch.Ten
         THRESHOLD=0 if dropout is None else dropout.threshold,
         SCALE=1.0 if dropout is None else dropout.scale,
         BLOCK_R=block_r(max(to - first for first, to, _ in shares)),
-        BLOCK_T=_BLOCK_T,
+        BLOCK_T=block_rows,
         BLOCK_N=_BLOCK_N,
         num_warps=4,
     )

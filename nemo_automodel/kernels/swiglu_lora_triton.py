@@ -9,21 +9,21 @@ and twice that read and written on the way back. So tiles are asked for while th
 of its rows, is read once. Places within a tile are counted in 32 bits from its first row: 64 bits for each of them
 took as many registers as the numbers themselves, and half as many programs ran side by side.
 
-A tile has 32 rows, because from 64 on Triton multiplies on Hopper by WGMMA, and the ptxas 12.8 and 12.9 it brings get
-that wrong where operands wait in registers (triton-lang/triton#11781): with 32 ranks a trial on an H100 ended in an
-illegal memory access.
+A tile has 64 rows where WGMMA can be trusted, see `assembler`, and 32 elsewhere: with the ptxas that Triton brings, a
+trial with 64 rows and 32 ranks ended on an H100 in an illegal memory access.
 """
 
 from __future__ import annotations
 
 import torch
 
+from nemo_automodel.kernels.assembler import tile_rows
 from nemo_automodel.kernels.dropout import Dropout, keeps_tile
 from nemo_automodel.kernels.jit import jit, tl
 from nemo_automodel.kernels.lora import MAX_BLOCK_R, Update, block_r, low_tile, update_tile
 
-BLOCK_T, NUM_WARPS, PIECES = 32, 4, 8
-"""Rows of a tile, warps of a program, pieces of a row at least."""
+NUM_WARPS, PIECES = 4, 8
+"""Warps of a program, pieces of a row at least."""
 _SUM_BLOCK_T = 64
 _NUM_PROGRAMS = 1024
 """About eight a multiprocessor of an H100: over few rows, these are cut into more pieces."""
@@ -278,8 +278,8 @@ def swiglu_lora_triton(
     assert a_dropout is None or update_dropout is None, "masks lie before the adapters or behind them"
     dropout = update_dropout if a_dropout is None else a_dropout
     parts = () if update is None else update.parts
-    shape = shape_of(False, max(a_rank, _widest(parts)), dropout is not None)
-    (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols, shape["BLOCK_N"])
+    shape = shape_of(False, max(a_rank, _widest(parts)), dropout is not None, tile_rows(out_TF.device))
+    (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols, shape)
     partial_PTR = gate_up_TG.new_empty((num_pieces, num_rows, a_rank), dtype=torch.float32)
     _swiglu_lora_forward_kernel[(grid_rows, num_pieces)](
         gate_up_TG,
@@ -327,8 +327,8 @@ def swiglu_lora_backward_triton(
     dlow_TR, a_RF = (dh_TF, dh_TF) if dh_update is None else (dh_update.low_TR, dh_update.factor_RN)
     (dropout,) = dh_update.dropouts if dh_update is not None and dh_update.dropouts else (None,)
     a_rank = 0 if dh_update is None else dh_update.rank
-    shape = shape_of(True, max(a_rank, _widest(parts)), dropout is not None)
-    (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols, shape["BLOCK_N"])
+    shape = shape_of(True, max(a_rank, _widest(parts)), dropout is not None, tile_rows(dh_TF.device))
+    (grid_rows, num_pieces), piece_cols = _grid(num_rows, num_cols, shape)
     partial_PTR = gate_up_TG.new_empty((num_pieces, num_rows, rank), dtype=torch.float32)
     _swiglu_lora_backward_kernel[(grid_rows, num_pieces)](
         dh_TF,
@@ -360,24 +360,23 @@ def swiglu_lora_backward_triton(
     return None if b_GR is None else _sum_pieces(partial_PTR, b_GR.shape[1], dh_TF.dtype)
 
 
-def _grid(num_rows: int, num_cols: int, block_cols: int) -> tuple[tuple[int, int], int]:
+def _grid(num_rows: int, num_cols: int, shape: dict[str, int]) -> tuple[tuple[int, int], int]:
     """Return the grid and the columns of a piece, a whole number of tiles."""
-    tiles, blocks = -(-num_cols // block_cols), -(-num_rows // BLOCK_T)
+    tiles, blocks = -(-num_cols // shape["BLOCK_N"]), -(-num_rows // shape["BLOCK_T"])
     piece_tiles = -(-tiles // max(PIECES, _NUM_PROGRAMS // blocks))
-    return (blocks, -(-tiles // piece_tiles)), piece_tiles * block_cols
+    return (blocks, -(-tiles // piece_tiles)), piece_tiles * shape["BLOCK_N"]
 
 
-def shape_of(is_backward: bool, widest_rank: int, makes_mask: bool) -> dict[str, int]:
-    """Return the columns of a tile and how many are in flight, as measured on an H100.
+def shape_of(is_backward: bool, widest_rank: int, makes_mask: bool, height: int) -> dict[str, int]:
+    """Return rows and columns of a tile and how many are in flight, as measured on an H100.
 
-    Masks take the registers of wide tiles, and more tiles of ranks, which a rank above `MAX_BLOCK_R` takes, want the
-    shared memory, of which small GPUs have 99 KB.
+    ``height`` is `tile_rows`. Masks and wide factors take the registers, and more tiles of ranks, which a rank above
+    `MAX_BLOCK_R` takes, want the shared memory, of which small GPUs have 99 KB.
     """
     if widest_rank > MAX_BLOCK_R:
-        return {"BLOCK_N": 64, "STAGES": 1}
-    if not is_backward:
-        return {"BLOCK_N": 64, "STAGES": 1}
-    return {"BLOCK_N": 64 if makes_mask or widest_rank > 16 else 128, "STAGES": 2}
+        return {"BLOCK_T": 32, "BLOCK_N": 64, "STAGES": 1}
+    is_crowded = is_backward and (widest_rank > 32 or (makes_mask and height == 32))
+    return {"BLOCK_T": height, "BLOCK_N": 64, "STAGES": 2 if is_crowded else 3}
 
 
 def _widest(parts: tuple[tuple[int, int], ...]) -> int:
@@ -395,7 +394,6 @@ def _rank_constants(parts: tuple[tuple[int, int], ...], a_rank: int) -> dict[str
         "BLOCK_R": block_r(_widest(parts)),
         "A_RANK": a_rank,
         "A_BLOCK": block_r(a_rank),
-        "BLOCK_T": BLOCK_T,
     }
 
 
