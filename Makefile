@@ -36,15 +36,18 @@ clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Only Hopper needs it (docs/install.md); a machine without a driver says nothing, and gets nothing.
+HOPPER = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -q '^9\.' && echo ,hopper)
+
 # One stamp an extra. pip runs in the background so that somebody who watches sees what it is doing. The log is kept.
 # PYTHONDONTWRITEBYTECODE is unset: without .pyc files every later start takes twice as long.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "setup: installing nemo-automodel[$*] into $(VENV) (1 to 3 minutes, about 1.5 GB, dev 2.2 GB; log: $(VENV)/install-$*.log)"
+	@echo "setup: installing nemo-automodel[$*$(HOPPER)] into $(VENV) (1 to 3 minutes, about 1.5 GB, dev 2.2 GB; log: $(VENV)/install-$*.log)"
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip > /dev/null 2>&1 || { \
 	  echo "setup: $(VENV) has no pip. Run make clean; on Debian or Ubuntu also: apt install python3-venv"; exit 1; }
 	@unset PYTHONDONTWRITEBYTECODE; log=$(VENV)/install-$*.log; \
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
-	  --editable '.[$*]' --constraint constraints.txt > $$log 2>&1 & pid=$$!; \
+	  --editable '.[$*$(HOPPER)]' --constraint constraints.txt > $$log 2>&1 & pid=$$!; \
 	trap 'kill $$pid; exit 130' INT TERM; \
 	seconds=0; while kill -0 $$pid 2>/dev/null; do \
 	  sleep 1; seconds=$$((seconds + 1)); \

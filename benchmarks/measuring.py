@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from nemo_automodel._transformers.kernel_choice import describe_machine
 from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
 from nemo_automodel.components.datasets.llm.mock_iterable_dataset import MockIterableDataset
 from nemo_automodel.components.training.flops import ModelWork, count_work
@@ -238,4 +239,5 @@ def environment(device: str, *packages: str) -> dict[str, Any]:
     found["cuda"] = torch.version.cuda
     if device.startswith("cuda"):
         found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+        found["ptxas"] = describe_machine(torch.device(device)).get("ptxas")
     return found

@@ -115,6 +115,7 @@ def _package_checks() -> dict[str, Check]:
 def _kernel_checks(results: list[Result], driver: Driver, env: Mapping[str, str], has_pip: bool) -> dict[str, Check]:
     """Return what is to be said about the kernels' process, and about what PyTorch said of itself there."""
     from nemo_automodel.components.doctor import assembler, gpu, host, probe_process, probes
+    from nemo_automodel.kernels.assembler import find_assembler
 
     machine = platform.machine()
     said = next(
@@ -136,7 +137,7 @@ def _kernel_checks(results: list[Result], driver: Driver, env: Mapping[str, str]
     pip = around.pip("")
     checks["gpu.torch"] = lambda: gpu.judge_torch(torch, driver, env.get("CUDA_VISIBLE_DEVICES"), machine, pip)
     checks["gpu.device"] = lambda: gpu.judge_devices(torch, pip)
-    ptxas = assembler.find_assembler(env)
+    ptxas = find_assembler(env, torch.cuda)
     if ptxas is not None and any(device.capability[0] == gpu.HOPPER for device in torch.devices):
         checks["gpu.assembler"] = lambda: assembler.check_assembler(ptxas, pip)
     gpus = [(name, False) for name in driver.names]

@@ -1209,8 +1209,8 @@ def test_the_assembler_of_triton_is_asked_on_hopper(machine, programs, version: 
     assert (found.status, found.what) == (status, f"Triton's ptxas is {version}")
     assert found.facts == {"ptxas": version, "path": str(directory / "ptxas")}
     if status == NOTE:
-        assert found.fix[0].endswith("install 'nvidia-cuda-nvcc>=13.3'")
-        assert found.fix[1].endswith("/nvidia/cu13/bin/ptxas")
+        (fix,) = found.fix
+        assert fix.endswith("install 'nvidia-cuda-nvcc>=13.3'")
     other = replace(CUDA_TORCH, devices=(GB10,))
     assert "gpu.assembler" not in machine(other, env)
 
@@ -1220,8 +1220,3 @@ def test_an_assembler_that_does_not_answer_is_said(programs):
     found = assembler.check_assembler(broken, PIP)
     assert found.what == f"Triton's ptxas does not answer: {broken}: no such library"
     assert found.fix[0] == f"{PIP} 'nvidia-cuda-nvcc>=13.3'"
-
-
-def test_without_a_choice_it_is_the_one_that_triton_brings():
-    found = assembler.find_assembler({})
-    assert found is None or (found.name == "ptxas" and found.is_file())

@@ -33,28 +33,39 @@ _ROPE = {"NUM_Q": 32, "NUM_KV": 8, "HEAD": 128, "HAS_BIAS": True, "HAS_NORM": Tr
 _NF4_TYPES = {"codes_ptr": "*u8", "absmax_ptr": "*u8", "num_numbers": "i64"}
 _NF4_TYPES |= {f"{name}_ptr": "*fp32" for name in ("nested", "map", "offset", "values", "scale")}
 _NF4 = {"IS_NESTED": True, "LARGEST": 448.0, "SIZE": 64}
-_ADD = {
-    "HAS_RESIDUAL": True,
-    "BLOCK_R": 64,
-    "BLOCK_T": lora._BLOCK_T,
-    "BLOCK_N": lora._BLOCK_N,
-    "factor_col": 1,
-    "num_warps": 4,
-}
+_ADD = {"HAS_RESIDUAL": True, "BLOCK_R": 64, "BLOCK_N": lora._BLOCK_N, "factor_col": 1, "num_warps": 4}
 _PRODUCT = {"SHARES": ((0, 16, 7), (16, 32, 0xDAA66D2B), (32, 48, 9)), "THRESHOLD": 6554, "SCALE": 1.1111}
 _PRODUCT |= {"BLOCK_R": 64, "num_warps": 4}
-_LOW, _GRAD = (
-    {"BLOCK_T": tile[0], "BLOCK_N": tile[1]} for tile in (dropped_products.LOW_TILE, dropped_products.GRAD_TILE)
-)
+TALL = ", tiles of 64 rows"
+"""Ends the names of what only Hopper launches, with an assembler that gets WGMMA right: see `tile_rows`."""
 
 
-def _swiglu_lora(rank: int, way: str, has_update: bool, drops: str) -> tuple[str, Any, dict, dict]:
+def _tiled(name: str, kernel: Any, constants: dict[str, Any], block_t: int, block_n: int, height: int) -> tuple:
+    tile = {"BLOCK_T": block_t, "BLOCK_N": block_n}
+    return name + TALL * (height == 64), kernel, {"partial_ptr": "*fp32", "seed_ptr": "*i64"}, constants | tile
+
+
+def _low_rank_products(height: int) -> list[tuple]:
+    """Return the cases of products of low rank, launched with tiles of one height."""
+    masks = {key: _PRODUCT[key] for key in ("SHARES", "THRESHOLD", "SCALE")}
+    no_masks = {"SHARES": ((0, 128, 0),), "THRESHOLD": 0, "SCALE": 1.0}
+    add, n = lora._add_update_kernel, lora._BLOCK_N
+    low, grad = dropped_products._dropped_low_kernel, dropped_products._dropped_grad_kernel
+    low_cols, grad_rows = dropped_products.LOW_COLS[height], dropped_products.GRAD_ROWS[height]
+    return [
+        _tiled("update in place, rank 128", add, _ADD | no_masks, height, n, height),
+        _tiled("update in place under masks", add, _ADD | masks, height, n, height),
+        _tiled("dropped low", low, _PRODUCT, height, low_cols, height),
+        _tiled("dropped grad", grad, _PRODUCT, grad_rows, height, height),
+    ]
+
+
+def _swiglu_lora(rank: int, way: str, has_update: bool, drops: str, height: int) -> tuple[str, Any, dict, dict]:
     """Return a case of SwiGLU at one rank of every adapter, launched as `swiglu_lora` does."""
     fits = rank <= lora.MAX_BLOCK_R
     constants = {"HAS_UPDATE": has_update, "GATE_FROM": 0, "UP_FROM": rank, "UP_TO": 2 * rank, "b_rank": 1}
     constants |= {"BLOCK_R": lora.block_r(rank), "A_BLOCK": lora.block_r(rank), "A_RANK": rank}
-    constants |= {"BLOCK_T": swiglu_lora_triton.BLOCK_T}
-    constants |= swiglu_lora_triton.shape_of(way == "backward", rank, drops != "nothing")
+    constants |= swiglu_lora_triton.shape_of(way == "backward", rank, drops != "nothing", height)
     constants |= {"DROPS_A": drops == "a", "SALT": 5, "THRESHOLD": 0xE666, "SCALE": 10.0}
     constants |= {"num_warps": swiglu_lora_triton.NUM_WARPS}
     if way == "backward":
@@ -62,7 +73,7 @@ def _swiglu_lora(rank: int, way: str, has_update: bool, drops: str) -> tuple[str
     else:
         kernel = swiglu_lora_triton._swiglu_lora_forward_kernel
         own = {"DROPS_UPDATE": drops == "update", "IS_EVEN": True} | ({} if fits else {"A_RANK": 0})
-    name = f"swiglu {way}, rank {rank}, update {has_update}, mask over {drops}"
+    name = f"swiglu {way}, rank {rank}, update {has_update}, mask over {drops}" + TALL * (height == 64)
     return name, kernel, {"partial_ptr": "*fp32", "seed_ptr": "*i64"}, constants | own
 
 
@@ -145,37 +156,15 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
         {"LARGEST": 448.0, "SCALE_ROW": 1, "SCALE_COL": 0, "TILE": fp8_grad._TILE},
     ),
     ("fp8 transpose", fp8._fp8_transpose_kernel, {"x_ptr": "*u8", "out_ptr": "*u8"}, {"TILE": fp8._TILE}),
-    (
-        "update in place",
-        lora._add_update_kernel,
-        {"seed_ptr": "*i64"},
-        _ADD | {"SHARES": ((0, 128, 0),), "THRESHOLD": 0, "SCALE": 1.0},
-    ),
-    (
-        "update in place under masks",
-        lora._add_update_kernel,
-        {"seed_ptr": "*i64"},
-        _ADD | {key: _PRODUCT[key] for key in ("SHARES", "THRESHOLD", "SCALE")},
-    ),
+    *(case for height in (32, 64) for case in _low_rank_products(height)),
     *(
-        _swiglu_lora(rank, way, has_update, drops)
-        for rank in (16, 32, 64, 128)
+        _swiglu_lora(rank, way, has_update, drops, height)
+        for height, ranks in ((32, (16, 32, 64, 128)), (64, (16, 64)))
+        for rank in ranks
         for way in ("forward", "backward")
         for has_update in (False, True)
         for drops in ("nothing", "a", "update")
         if (rank > 32 or has_update) and (drops != "update" or (has_update and way == "forward"))
-    ),
-    (
-        "dropped low",
-        dropped_products._dropped_low_kernel,
-        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
-        _PRODUCT | _LOW,
-    ),
-    (
-        "dropped grad",
-        dropped_products._dropped_grad_kernel,
-        {"partial_ptr": "*fp32", "seed_ptr": "*i64"},
-        _PRODUCT | _GRAD,
     ),
     (
         "copy many",
@@ -220,6 +209,7 @@ if __name__ == "__main__":
                 f"{name} sm_{capability}": compiled_for(kernel, types, constants, capability)
                 for name, kernel, types, constants in CASES
                 for capability in map(int, sys.argv[1:])
+                if capability == 90 or not name.endswith(TALL)
             }
         )
     )

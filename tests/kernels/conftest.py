@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_automodel.kernels import dropped_products, lora, swiglu_lora_triton
 from nemo_automodel.kernels.jit import HAS_TRITON
 
 KERNELS = Path(__file__).resolve().parents[2] / "nemo_automodel" / "kernels"
@@ -34,3 +35,10 @@ def interpreted_kernels() -> Iterator[None]:
                 if isinstance(value, JITFunction):
                     patch.setattr(module, name, InterpretedFunction(value.fn))
         yield
+
+
+@pytest.fixture(params=[32, 64], ids="{} rows".format)
+def tile_height(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give tiles the height they have on Hopper with a sound assembler, and the height they have elsewhere."""
+    for module in (lora, dropped_products, swiglu_lora_triton):
+        monkeypatch.setattr(module, "tile_rows", lambda device: request.param)

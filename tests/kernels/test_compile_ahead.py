@@ -29,5 +29,7 @@ def test_every_kernel_compiles_and_fits(tmp_path):
     needs = {name: kernel["shared"] for name, kernel in found.items()}
     too_much = {name: n for name, n in needs.items() if n > LIMIT_BYTES[int(name.rpartition("_")[2])]}
     assert not too_much
-    # ptxas 12.8 and 12.9 get it wrong, see `swiglu_lora_triton`
-    assert not {name for name, kernel in found.items() if kernel["wgmma"]}
+    # the ptxas that Triton brings gets it wrong, see `assembler`: only tall tiles, which are not launched with that one
+    by_wgmma = {name for name, kernel in found.items() if kernel["wgmma"]}
+    assert by_wgmma
+    assert all(name.endswith("tiles of 64 rows sm_90") for name in by_wgmma)

@@ -107,6 +107,7 @@ def factors_of(parts, masks, rows: int, cols: int) -> list[torch.Tensor]:
     return [(masks[0] if len(masks) == 1 else masks[i]).apply(ones) for i in range(len(parts))]
 
 
+@pytest.mark.usefixtures("tile_height")
 @pytest.mark.parametrize("run", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_shared", [True, False])
@@ -131,6 +132,7 @@ def test_products(run, dtype, is_shared, parts, shape, monkeypatch):
         assert_close(result, oracle, plain)
 
 
+@pytest.mark.usefixtures("tile_height")
 @pytest.mark.parametrize("run", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_shared", [True, False])
@@ -160,6 +162,7 @@ def oracle_of_swiglu(gate_up, dh, update, dh_update, a, b, h_factors):
     return h, d, h, (h * h_factors) @ a.double().t(), d @ b.double()
 
 
+@pytest.mark.usefixtures("tile_height")
 @pytest.mark.parametrize("run", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "rank"), [((3, 7), 3), ((67, 130), 3), ((5, 70), 70)])
@@ -192,6 +195,7 @@ def test_swiglu_with_its_update_under_a_mask(run, dtype, shape, rank, monkeypatc
         assert_close(checked, oracle, plain)
 
 
+@pytest.mark.usefixtures("tile_height")
 @pytest.mark.parametrize("run", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "rank"), [((3, 7), 3), ((33, 130), 3), ((5, 70), 70)])

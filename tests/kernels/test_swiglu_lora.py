@@ -29,6 +29,7 @@ def block_diagonal(columns: int, parts: tuple[tuple[int, int], ...], dtype: torc
     return in_wider_buffer(b.to(dtype), 3)
 
 
+@pytest.mark.usefixtures("tile_height")
 @pytest.mark.parametrize(("forward", "backward"), RUNS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", PARTS)
@@ -64,6 +65,7 @@ def test_forward_and_backward(forward, backward, dtype, parts, shape):
         assert_close(checked, oracle, plain)
 
 
+@pytest.mark.usefixtures("tile_height")
 @pytest.mark.parametrize(("forward", "backward"), RUNS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 1), (3, 7), (2, 130), (4, 1029)])
@@ -119,6 +121,7 @@ def test_more_ranks_than_a_tile_holds(monkeypatch):
     assert_close(gate_up, oracle_d)
 
 
+@pytest.mark.usefixtures("tile_height")
 @pytest.mark.parametrize(
     "run", [add_update_reference, pytest.param(add_update_triton, id="triton", marks=needs_triton)]
 )
