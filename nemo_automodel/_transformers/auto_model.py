@@ -19,6 +19,7 @@ from nemo_automodel._transformers.fp8_base import resolve_fp8
 from nemo_automodel._transformers.kernel_choice import KernelRequest
 from nemo_automodel._transformers.model_source import (
     check_local_model,
+    check_sizes,
     load_config,
     one_config,
     read_config,
@@ -26,6 +27,7 @@ from nemo_automodel._transformers.model_source import (
 )
 from nemo_automodel._transformers.options import (
     ModelOptions,
+    check_packed_files,
     resolve_attention,
     resolve_device,
     resolve_dtype,
@@ -160,11 +162,14 @@ class _NeMoAutoModel:
             config = load_config(name, options.trust_remote_code, hub, options.overrides)
         elif options.overrides:
             config = _override(config, options.overrides)
+        check_sizes(config)
+        if not has_random_weights:
+            check_packed_files(name, config, options.quantization_config, fp8 is not None)
         if quantization is None and options.peft_config is not None and not has_random_weights:
             quantization = resolve_quantization(stored_quantization(config), has_adapter=True)
         stored = parse_dtype(config.dtype) if config.dtype is not None else None
         dtype = resolve_dtype(options.torch_dtype, stored, device)
-        attention = resolve_attention(options.attn_implementation, cls._model_class(config), device, dtype)
+        attention = resolve_attention(options.attn_implementation, cls.model_class(config), device, dtype)
         plan = AssemblyPlan(
             auto_class=cls._auto_class,
             config=config,
@@ -195,7 +200,7 @@ class _NeMoAutoModel:
         return assemble(plan)
 
     @classmethod
-    def _model_class(cls, config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    def model_class(cls, config: PretrainedConfig) -> type[PreTrainedModel] | None:
         """Return the class that will be built; None when the code of a repository brings it.
 
         Raises:

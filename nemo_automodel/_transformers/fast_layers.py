@@ -98,30 +98,16 @@ def use_fast_layers(model: PreTrainedModel, request: FastRequest) -> bool:
     layers = _layers(model)
     reason = _obstacle(model, layers, request)
     if reason is not None:
-        if request.computes_in_fp8:
-            raise UserError(
-                f"`quantization.compute_in_fp8: true` needs the fast decoder layers, and {reason}. Leave "
-                "`compute_in_fp8` out: weights stay in 4 bits and are multiplied in the compute dtype."
-            )
-        if request.fp8 is not None and request.peft is not None:
-            raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
-        check_plain_memory(request.recompute, request.mlp_tile_tokens, reason)
+        check_plain(request, reason)
         logger.info("Decoder layers: plain Transformers: %s.", reason)
         obstacle = reason if request.peft is None else _obstacle_to_adapters(model, request)
         is_any_fused = obstacle is None and fuse_adapters(model, request.recompute, dropout_of(request.peft)) > 0
         if obstacle not in (None, reason):
             logger.info("Adapters: plain: %s.", obstacle)
-        if request.wish == "on" and not is_any_fused:
-            raise UserError(
-                f"`model.fast_layers: on` cannot be: {obstacle or reason}. Set it to auto, which then takes "
-                "Transformers' layers."
-            )
+        check_fused(request, is_any_fused, obstacle or reason)
         if request.kernels.wishes.asked:
             logger.info("`model.kernels` has no effect: it is about fast decoder layers.")
         if request.fp8 is not None:
-            if request.autocast_dtype is not None or request.is_compiled:
-                other = "compiled layers" if request.is_compiled else "`distributed.autocast_dtype`"
-                raise UserError(f"`fp8.enabled: true` and {other} exclude each other. Leave one of them out.")
             train_linears_in_fp8(model, request.fp8)
         return False
     if model.config._attn_implementation != "sdpa":
@@ -212,6 +198,39 @@ def _memory(model: PreTrainedModel, request: FastRequest) -> Memory:
 
 def _tiles_in_words(request: FastRequest) -> str:
     return "" if request.mlp_tile_tokens is None else f"; MLP in tiles of {request.mlp_tile_tokens} tokens"
+
+
+def check_plain(request: FastRequest, reason: str) -> None:
+    """Refuse what Transformers' layers cannot do; ``reason`` says why the fast ones do not apply.
+
+    Raises:
+        UserError: something is asked for that only the fast layers know, or that excludes products in 8 bits.
+    """
+    if request.computes_in_fp8:
+        raise UserError(
+            f"`quantization.compute_in_fp8: true` needs the fast decoder layers, and {reason}. Leave "
+            "`compute_in_fp8` out: weights stay in 4 bits and are multiplied in the compute dtype."
+        )
+    if request.fp8 is not None and request.peft is not None:
+        raise UserError(f"`fp8.enabled: true` needs the fast layers, but {reason}. Set it to false.")
+    if request.fp8 is not None and (request.autocast_dtype is not None or request.is_compiled):
+        other = "compiled layers" if request.is_compiled else "`distributed.autocast_dtype`"
+        raise UserError(f"`fp8.enabled: true` and {other} exclude each other. Leave one of them out.")
+    if request.cuda_graphs == "on":
+        raise UserError(f"`model.cuda_graphs: on` records the fast decoder layers, and {reason}. Set it to auto.")
+    check_plain_memory(request.recompute, request.mlp_tile_tokens, reason)
+
+
+def check_fused(request: FastRequest, is_any_fused: bool, reason: str) -> None:
+    """Refuse a model of which nothing is in its fast form, where that was asked for; ``reason`` says why.
+
+    Raises:
+        UserError: ``on`` was asked for.
+    """
+    if request.wish == "on" and not is_any_fused:
+        raise UserError(
+            f"`model.fast_layers: on` cannot be: {reason}. Set it to auto, which then takes Transformers' layers."
+        )
 
 
 def check_plain_memory(recompute: str, mlp_tile_tokens: int | None, reason: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import disable_progress_bars as disable_datasets_bars
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
@@ -188,8 +188,28 @@ def read_config(config: str | dict[str, Any] | PretrainedConfig) -> str | Pretra
         raise UserError("`model.config` has no `model_type`, so nothing says what model it is. Add it, such as llama.")
     if model_type not in CONFIG_MAPPING:
         raise UserError(_unknown_architecture("model.config", model_type))
-    made: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(config)
+    with readable_errors("model.config"):
+        made: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(config)
     return made
+
+
+def check_sizes(config: PretrainedConfig) -> None:
+    """Refuse sizes of which no model can be made.
+
+    Raises:
+        UserError: the first one.
+    """
+    text = config.get_text_config()
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        size = getattr(text, key, None)
+        if isinstance(size, int) and size < 1:
+            raise UserError(f"The model's `{key}` is {size}, but it must be at least 1. Correct it in its config.json.")
+    heads, kv_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads > 0 and heads % kv_heads:
+        raise UserError(
+            f"The model's `num_attention_heads` is {heads}, but it must be a multiple of `num_key_value_heads` = "
+            f"{kv_heads}. Correct one of them in its config.json."
+        )
 
 
 def _unknown_architecture(name: str, model_type: str | None) -> str:
@@ -223,6 +243,11 @@ def readable_errors(name: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"A weight file of `{name}` is damaged ({error}). Download it again.") from error
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"The configuration of `{name}` is refused: {reason}. Correct its config.json, or the key under `model`."
+        ) from error
     except hub_errors.transport_errors(HFValidationError) as error:
         # a UserError is a ValueError, so it never lands here
         raise UserError(_explain(name, error)) from error

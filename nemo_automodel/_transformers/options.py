@@ -229,12 +229,67 @@ def resolve_quantization(
 
 def stored_quantization(config: PretrainedConfig) -> QuantizationConfig | None:
     """Return how config.json says the weights are packed already: in 4 bits by bitsandbytes, or None for all else."""
-    stored: Any = getattr(config, "quantization_config", None)
-    values = stored.to_dict() if isinstance(stored, BitsAndBytesConfig) else stored
-    if not isinstance(values, dict) or values.get("quant_method") != "bitsandbytes" or not values.get("load_in_4bit"):
+    values = _packed_by_bitsandbytes(config)
+    if not values.get("load_in_4bit"):
         return None
     names = {item.name for item in fields(QuantizationConfig)} - {"load_in_8bit"}
     return QuantizationConfig(**{key: value for key, value in values.items() if key in names and value is not None})
+
+
+def _packed_by_bitsandbytes(config: PretrainedConfig) -> dict[str, Any]:
+    stored: Any = getattr(config, "quantization_config", None)
+    values = stored.to_dict() if isinstance(stored, BitsAndBytesConfig) else stored
+    return values if isinstance(values, dict) and values.get("quant_method") == "bitsandbytes" else {}
+
+
+def check_packed_files(
+    name: str,
+    config: PretrainedConfig,
+    asked: QuantizationConfig | BitsAndBytesConfig | dict[str, Any] | None,
+    in_fp8: bool,
+) -> None:
+    """Refuse to pack weights in another way than their files have them already; say which details are the files'.
+
+    Raises:
+        UserError: 8 bits are asked for and the files have 4, or the reverse, or products in 8 bits.
+    """
+    values = _packed_by_bitsandbytes(config)
+    if not values:
+        return
+    bits = 4 if values.get("load_in_4bit") else 8
+    if in_fp8:
+        raise UserError(
+            f"`fp8.enabled: true` rounds weights of 16 bits, but `{name}` is stored in {bits}. Set it to false, or "
+            "name the model as it was before it was packed."
+        )
+    asked = QuantizationConfig(**asked) if isinstance(asked, dict) else asked
+    if asked is None or not (asked.load_in_4bit or asked.load_in_8bit):
+        return
+    wanted = 4 if asked.load_in_4bit else 8
+    if wanted != bits:
+        raise UserError(
+            f"`quantization.load_in_{wanted}bit: true`, but `{name}` is stored in {bits} bits already, and they cannot "
+            f"be had back. Set `quantization.load_in_{bits}bit: true` instead, or name the model as it was before."
+        )
+    keys = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant") if bits == 4 else ()
+    for key in keys:
+        if values.get(key) is not None and values[key] != getattr(asked, key):
+            logger.warning("`quantization.%s` has no effect: in `%s` it is %s.", key, name, values[key])
+
+
+def refuse_packed_training(name: str, config: PretrainedConfig) -> None:
+    """Refuse to train all weights of a model whose files are packed: only what is not packed would learn.
+
+    Raises:
+        UserError: they are.
+    """
+    values = _packed_by_bitsandbytes(config)
+    if values:
+        bits = 4 if values.get("load_in_4bit") else 8
+        raise UserError(
+            f"`{name}` is stored in {bits} bits, where weights cannot be trained. Add a `peft` section (QLoRA), or "
+            "name the model as it was before it was packed."
+        )
 
 
 def resolve_dtype(wanted: str | torch.dtype, stored: torch.dtype | None, device: torch.device) -> torch.dtype | None:

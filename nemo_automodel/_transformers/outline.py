@@ -26,17 +26,43 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from nemo_automodel._transformers.assemble import freeze, recompute_activations
-from nemo_automodel._transformers.fast_layers import FastRequest, dropout_of, why_plain, would_fuse_adapters
+from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
+from nemo_automodel._transformers.fast_layers import (
+    FastRequest,
+    check_fused,
+    check_plain,
+    dropout_of,
+    why_plain,
+    would_fuse_adapters,
+)
 from nemo_automodel._transformers.fast_linears import fuse_adapters
+from nemo_automodel._transformers.fp8_base import Fp8Plan
 from nemo_automodel._transformers.frozen_head import is_one_matrix
-from nemo_automodel._transformers.model_source import load_config, one_config, read_config, resolve_source
-from nemo_automodel._transformers.options import ModelOptions, resolve_dtype
+from nemo_automodel._transformers.model_source import (
+    check_sizes,
+    load_config,
+    one_config,
+    read_config,
+    resolve_source,
+)
+from nemo_automodel._transformers.options import (
+    ModelOptions,
+    check_packed_files,
+    refuse_packed_training,
+    resolve_dtype,
+    stored_quantization,
+)
 from nemo_automodel.components._peft.lora import LinearLoRA, apply_lora
+from nemo_automodel.components.fast.fp8_store import Fp8Scheme
 from nemo_automodel.components.fast.linear import FusedLinear
 from nemo_automodel.components.plan.workload import Linear, ModelShape, PlainRun
-from nemo_automodel.shared.dtypes import parse_dtype
+from nemo_automodel.components.quantization.config import FP8Config, QuantizationConfig
+from nemo_automodel.components.quantization.qat import fake_quantize
+from nemo_automodel.shared.dtypes import dtype_name, parse_dtype
+from nemo_automodel.shared.errors import UserError
 
 _ATTENTION = "outline"
 
@@ -51,6 +77,8 @@ class Outline:
     """Why Transformers' layers would compute it on a GPU; None when the fast layers would."""
     fused: tuple[FusedLinear, ...] = ()
     """Linear layers of Transformers' decoder layers that are fused with their adapters."""
+    quantization: QuantizationConfig | None = None
+    """How weights are packed: as was asked for, or as the files have them already."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,7 +92,7 @@ def from_pretrained(pretrained_model_name_or_path: str, **keywords: Any) -> Outl
     Raises:
         UserError: as `NeMoAutoModelForCausalLM.from_pretrained`, as far as config.json tells.
     """
-    return from_config(pretrained_model_name_or_path, **keywords)
+    return _outline(pretrained_model_name_or_path, keywords, is_read=True)
 
 
 def from_config(
@@ -78,12 +106,27 @@ def from_config(
     Raises:
         UserError: as there.
     """
+    return _outline(one_config(config, pretrained_model_name_or_path), keywords, is_read=load_base_model)
+
+
+def _outline(source: str | dict[str, Any] | PretrainedConfig, keywords: dict[str, Any], is_read: bool) -> Outline:
+    """Return the outline; ``is_read``: the weights come from files, which may hold them packed."""
     options = ModelOptions.from_keywords(keywords)
     hub = options.take_hub_keywords()
-    config = read_config(one_config(config, pretrained_model_name_or_path))
+    config = read_config(source)
     if isinstance(config, str):
         name = resolve_source(config)
         config = load_config(name, options.trust_remote_code, hub, options.overrides)
+    NeMoAutoModelForCausalLM.model_class(config)  # refuses architectures that are no such models
+    check_sizes(config)
+    quantization: Any = options.quantization_config
+    if is_read:
+        in_fp8 = isinstance(options.fp8_config, FP8Config) and options.fp8_config.enabled
+        check_packed_files(str(config.name_or_path), config, quantization, in_fp8)
+        if options.peft_config is None:
+            refuse_packed_training(str(config.name_or_path), config)
+        elif quantization is None:
+            quantization = stored_quantization(config)
     stored = None if config.dtype is None else parse_dtype(config.dtype)
     dtype = resolve_dtype(options.torch_dtype, stored, torch.device("cuda")) or torch.float32
     level = logging.getLogger("transformers").level
@@ -97,18 +140,28 @@ def from_config(
     if options.peft_config is not None:
         with torch.device("meta"):
             apply_lora(model, options.peft_config)
-    request = _request(options)
-    reason = _why_plain(model, request, dtype)
-    fused = () if reason is None else _fuse(model, options, request, dtype)
-    return Outline(model, options, reason, fused)
+    if options.qat_config is not None:
+        fake_quantize(model, options.qat_config)
+    request = _request(options, quantization)
+    reason = _why_plain(model, request, dtype, quantization)
+    fused: tuple[FusedLinear, ...] = ()
+    if reason is not None:
+        check_plain(request, reason)
+        fused = _fuse(model, quantization, request, dtype)
+        check_fused(request, bool(fused), reason)
+    return Outline(model, options, reason, fused, quantization)
 
 
-def _request(options: ModelOptions) -> FastRequest:
+def _request(options: ModelOptions, quantization: QuantizationConfig | None) -> FastRequest:
     return FastRequest(
         wish=str(options.fast_layers),
         peft=options.peft_config,
         recompute=options.activation_checkpointing,
+        mlp_tile_tokens=options.mlp_tile_tokens,
         force_hf=options.force_hf,
+        computes_in_fp8=quantization is not None and quantization.compute_in_fp8,
+        fp8=_fp8(options),
+        cuda_graphs=str(options.cuda_graphs),
         is_compiled=options.compile_layers or (options.compile_config is not None and options.compile_config.enabled),
         fake_quantizes=options.qat_config is not None,
         autocast_dtype=options.autocast_dtype,
@@ -116,22 +169,45 @@ def _request(options: ModelOptions) -> FastRequest:
     )
 
 
+def _fp8(options: ModelOptions) -> Fp8Plan | None:
+    """Return products in 8 bits as far as the choice of layers depends on them; there is no GPU that could be asked."""
+    cfg = options.fp8_config
+    if not isinstance(cfg, FP8Config) or not cfg.enabled:
+        return None
+    return Fp8Plan(Fp8Scheme(emulate=True), is_trained=options.peft_config is None)
+
+
 def _fuse(
-    model: PreTrainedModel, options: ModelOptions, request: FastRequest, dtype: torch.dtype
+    model: PreTrainedModel, quantization: QuantizationConfig | None, request: FastRequest, dtype: torch.dtype
 ) -> tuple[FusedLinear, ...]:
     """Fuse adapters with their linear layers as a run would, and return the layers. Packed weights stay apart."""
     is_right_dtype = dtype == torch.bfloat16 or request.wish == "on"
-    if options.quantization_config is not None or not is_right_dtype or not would_fuse_adapters(model, request):
+    if quantization is not None or not is_right_dtype or not would_fuse_adapters(model, request):
         return ()
     fuse_adapters(model, dropout=dropout_of(request.peft))
     return tuple(module for module in model.modules() if isinstance(module, FusedLinear))
 
 
-def _why_plain(model: PreTrainedModel, request: FastRequest, dtype: torch.dtype) -> str | None:
+def _why_plain(
+    model: PreTrainedModel, request: FastRequest, dtype: torch.dtype, quantization: QuantizationConfig | None
+) -> str | None:
     reason = why_plain(model, request)
-    if reason is None and dtype != torch.bfloat16 and request.wish == "auto":
-        return f"the weights are {str(dtype).removeprefix('torch.')}, not bfloat16"
+    if reason is None and quantization is not None:
+        reason = _why_plain_when_packed(quantization, dtype)
+    if reason is None and dtype != torch.bfloat16 and (request.wish == "auto" or request.fp8 is not None):
+        return f"the weights are {dtype_name(dtype)}, not bfloat16"
     return reason
+
+
+def _why_plain_when_packed(quantization: QuantizationConfig, dtype: torch.dtype) -> str | None:
+    """Return why packed weights, which the outline does not have, keep the fast layers away; None if they do not."""
+    if not quantization.load_in_4bit:
+        return "weights in 8 bits are in layers of bitsandbytes"
+    compute_dtype = parse_dtype(quantization.bnb_4bit_compute_dtype)
+    if compute_dtype == dtype:
+        return None
+    names = dtype_name(compute_dtype), dtype_name(dtype)
+    return f"`quantization.bnb_4bit_compute_dtype` is {names[0]} and the model's dtype {names[1]}"
 
 
 def shape_of(outline: Outline, name: str) -> ModelShape:
@@ -142,6 +218,11 @@ def shape_of(outline: Outline, name: str) -> ModelShape:
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     is_tied = head is not None and head.weight is embedding.weight
     linears = _linears(model, head)
+    if not linears or getattr(config, "num_attention_heads", None) is None:
+        raise UserError(
+            f"`{config.model_type}` models cannot be planned: {'no linear layers' if not linears else 'no attention'} "
+            "is what they are made of. Plan a Transformer of its size instead, or measure a few steps."
+        )
     adapters = {id(p) for layer in model.modules() if isinstance(layer, LinearLoRA) for p in _adapter(layer)}
     num_all = sum(p.numel() for p in model.parameters() if id(p) not in adapters)
     num_embedding = embedding.weight.numel()
@@ -185,6 +266,8 @@ def _linears(model: PreTrainedModel, head: nn.Module | None) -> list[Linear]:
     inner = {id(x) for m in model.modules() if isinstance(m, LinearLoRA) for x in (m.lora_A, m.lora_B)}
     counts: Counter[tuple[str, int, int, int]] = Counter()
     for path, module in model.named_modules():
+        if isinstance(module, Conv1D):  # GPT-2's linear layer
+            counts[path.rpartition(".")[2], module.nx, module.nf, 0] += 1
         if isinstance(module, nn.Linear) and module is not head and id(module) not in inner:
             rank = module.lora_A.out_features if isinstance(module, LinearLoRA) else 0
             counts[path.rpartition(".")[2], module.in_features, module.out_features, rank] += 1
@@ -192,7 +275,23 @@ def _linears(model: PreTrainedModel, head: nn.Module | None) -> list[Linear]:
 
 
 def run_plain(outline: Outline, rows: int, seq_len: int, recompute: str) -> PlainRun:
-    """Run Transformers' layers forward and backward without data and return what they kept and moved."""
+    """Run Transformers' layers forward and backward without data and return what they kept and moved.
+
+    Raises:
+        UserError: they need data, cannot take rows of this length, or have kernels for other dtypes only.
+    """
+    try:
+        return _run_plain(outline, rows, seq_len, recompute)
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"A micro-batch of {rows} × {seq_len:,} tokens of this `{outline.model.config.model_type}` model cannot be "
+            f"planned, because its layers do not run without data: {reason}. Shorten the rows to what the model takes "
+            "(--seq-len), set `model.torch_dtype: bfloat16`, or measure a few steps."
+        ) from error
+
+
+def _run_plain(outline: Outline, rows: int, seq_len: int, recompute: str) -> PlainRun:
     model = outline.model
     _register_attention()
     before = model.config._attn_implementation

@@ -24,7 +24,7 @@ from nemo_automodel.components.plan.optimizers import OptimizerBytes, bytes_of
 from nemo_automodel.components.plan.workload import Workload
 from nemo_automodel.recipes.llm.text_data import model_path_of
 from nemo_automodel.recipes.model_wishes import model_wishes
-from nemo_automodel.recipes.plan_alternatives import alternatives, can_be
+from nemo_automodel.recipes.plan_alternatives import alternatives
 from nemo_automodel.recipes.settings import RunSettings, load_settings
 from nemo_automodel.shared.dtypes import parse_dtype
 from nemo_automodel.shared.errors import UserError
@@ -90,7 +90,7 @@ def plan_run(config: ConfigNode, machine: Machine, seq_len: int | None = None) -
     found = _outline(settings)
     load, notes = _workload(settings, found, seq_len)
     plan = _plan_of(settings, found, load, notes, machine)
-    return plan if plan.fits else _with_alternative(plan, settings, found)
+    return plan if plan.fits else _with_alternative(plan, settings, found, seq_len)
 
 
 def plan_policies(settings: RunSettings, machine: Machine, seq_len: int | None = None) -> list[Plan]:
@@ -109,7 +109,7 @@ def plan_policies(settings: RunSettings, machine: Machine, seq_len: int | None =
     if not any(plan.fits for plan in plans):
         # activations that the host cannot hold are no way out
         least = min(range(len(plans)), key=lambda n: (not plans[n].fits_host, plans[n].needed_bytes))
-        plans[least] = _with_alternative(plans[least], settings, found)
+        plans[least] = _with_alternative(plans[least], settings, found, seq_len)
     return plans
 
 
@@ -136,6 +136,7 @@ def offloaded_bytes(settings: RunSettings, seq_len: int | None = None) -> tuple[
 
 
 def _plan_of(settings: RunSettings, found: Outline, load: Workload, notes: list[str], machine: Machine) -> Plan:
+    _check_products_in_fp8(settings, load, machine)
     load = _with_plain_run(load, found)
     needed, fast = memory.peak(load), found.why_plain is None
     if memory.offloaded(load):
@@ -155,17 +156,52 @@ def _plan_of(settings: RunSettings, found: Outline, load: Workload, notes: list[
     )
 
 
-def _with_alternative(plan: Plan, settings: RunSettings, found: Outline) -> Plan:
-    """Return the plan with the nearest settings that fit, if there are any."""
+def _check_products_in_fp8(settings: RunSettings, load: Workload, machine: Machine) -> None:
+    """Refuse a run that the GPU would refuse.
+
+    Raises:
+        UserError: it has no products in 8 bits, and they are asked for.
+    """
+    emulates = settings.fp8 is not None and settings.fp8.emulate
+    if machine.fp8_tflops is not None or emulates or not (load.store == "fp8" or load.computes_in_fp8):
+        return
+    key = "quantization.compute_in_fp8" if load.computes_in_fp8 else "fp8.enabled"
+    raise UserError(
+        f"`{key}: true` needs compute capability 8.9, and {machine.name} has less. Set it to false, or plan for "
+        "another GPU."
+    )
+
+
+def _with_alternative(plan: Plan, settings: RunSettings, found: Outline, seq_len: int | None) -> Plan:
+    """Return the plan with the nearest settings that fit, if there are any, planned anew as they stand."""
     for overrides, other in alternatives(plan.load, settings):
         other = _with_plain_run(other, found)
         needed = memory.peak(other)
         host_gib, device_gib = _loading(other, needed, plan.machine)
         at_load = {"load_host_gib": host_gib, "load_device_gib": device_gib}
         candidate = Plan(**{**vars(plan), "load": other, "memory": needed, **at_load})
-        if candidate.fits and can_be(settings.config, overrides):
+        if candidate.fits and _fits_anew(settings.config, overrides, plan.machine, seq_len, other.recompute):
             return Plan(**{**vars(plan), "alternative": (overrides, other)})
     return plan
+
+
+def _fits_anew(
+    config: ConfigNode, overrides: dict[str, Any], machine: Machine, seq_len: int | None, recompute: str
+) -> bool:
+    """Tell whether a configuration with ``overrides`` is one that could be started, and fits under a policy.
+
+    Packages may be missing, options may not go together, and the layers that compute may be others.
+    """
+    changed = config.copy()
+    for key, value in overrides.items():
+        changed.set_by_dotted(key, value)
+    try:
+        settings = load_settings(changed)
+        found = _outline(settings)
+        load, notes = _workload(settings, found, seq_len)
+        return _plan_of(settings, found, load.changed(recompute=recompute), notes, machine).fits
+    except UserError:
+        return False
 
 
 def _outline(settings: RunSettings) -> Outline:
@@ -177,7 +213,6 @@ def _outline(settings: RunSettings) -> Outline:
         )
     peft = None if settings.peft is None else settings.peft.instantiate()
     wishes = model_wishes(settings, peft)
-    wishes.pop("fp8_config", None)
     node = settings.model.copy()
     node["_target_"] = f"{outline.__name__}.{target.__name__}"
     found: Outline = node.instantiate(**wishes, autocast_dtype=settings.distributed.autocast_dtype)
@@ -188,7 +223,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
     notes = []
     schedule, packed = settings.step_scheduler, settings.packed_sequence.packed_sequence_size
     rows = schedule.local_batch_size
-    length = packed or seq_len or settings.dataset.get("seq_length") or settings.dataset.get("seq_len")
+    length = packed or _row_length(settings, seq_len)
     if schedule.local_batch_tokens is not None:
         rows, length = 1, schedule.local_batch_tokens
     if length is None:
@@ -203,7 +238,7 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
         rows=rows,
         seq_len=int(length),
         grad_accum=max(1, schedule.global_batch_size // max(1, schedule.local_batch_size)),
-        store=_store(settings),
+        store=_store(settings, found),
         computes_in_fp8=settings.quantization is not None and settings.quantization.compute_in_fp8,
         embeddings_on_host=found.options.embeddings_on_host,
         fp8_copies=2 if settings.fp8 is None else settings.fp8.num_copies(settings.peft is None),
@@ -223,6 +258,21 @@ def _workload(settings: RunSettings, found: Outline, seq_len: int | None) -> tup
     ), notes
 
 
+def _row_length(settings: RunSettings, seq_len: int | None) -> int | None:
+    """Return the length of the longest row, where something says it.
+
+    Raises:
+        UserError: it is less than a token.
+    """
+    named = {"--seq-len": seq_len, **{f"dataset.{key}": settings.dataset.get(key) for key in ("seq_length", "seq_len")}}
+    for name, length in named.items():
+        if length is not None:
+            if length < 1:
+                raise UserError(f"`{name}` is {length}, but a row has at least one token. Use a length such as 1024.")
+            return int(length)
+    return None
+
+
 def _may_record(settings: RunSettings) -> bool:
     """Tell whether layers can be recorded: in rows of one length, as eight shapes of batches are recorded at most."""
     has_one_length = bool(settings.packed_sequence.packed_sequence_size) or "mock" in str(settings.dataset["_target_"])
@@ -237,9 +287,9 @@ def _with_plain_run(load: Workload, found: Outline) -> Workload:
     return load.changed(plain=run_plain(found, load.rows, load.seq_len, load.recompute))
 
 
-def _store(settings: RunSettings) -> str:
-    if settings.quantization is not None:
-        return "nf4" if settings.quantization.load_in_4bit else "int8"
+def _store(settings: RunSettings, found: Outline) -> str:
+    if found.quantization is not None:
+        return "nf4" if found.quantization.load_in_4bit else "int8"
     return "dense" if settings.fp8 is None else "fp8"
 
 

@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_automodel.components.config.loader import ConfigNode
 from nemo_automodel.components.plan.optimizers import bytes_of
 from nemo_automodel.components.plan.workload import Workload
-from nemo_automodel.recipes.settings import RunSettings, load_settings
-from nemo_automodel.shared.errors import UserError
+from nemo_automodel.recipes.settings import RunSettings
 from nemo_automodel.shared.memory_policies import EXACT_POLICIES, PLAIN_POLICIES, RECOMPUTE_POLICIES
 
 _EIGHT_BIT = "adamw8bit"
@@ -54,18 +52,6 @@ def alternatives(load: Workload, settings: RunSettings) -> Iterator[tuple[dict[s
                 if overrides:
                     grad_accum = start.load.grad_accum * start.load.rows // rows
                     yield overrides, start.load.changed(rows=rows, recompute=policy, grad_accum=grad_accum)
-
-
-def can_be(config: ConfigNode, overrides: dict[str, Any]) -> bool:
-    """Tell whether a configuration with ``overrides`` is one: packages may be missing, options may not go together."""
-    changed = config.copy()
-    for key, value in overrides.items():
-        changed.set_by_dotted(key, value)
-    try:
-        load_settings(changed)
-    except UserError:
-        return False
-    return True
 
 
 def _starts(load: Workload, settings: RunSettings) -> Iterator[_Start]:

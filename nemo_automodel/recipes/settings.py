@@ -268,6 +268,11 @@ def _quantization(config: ConfigNode, peft: ConfigNode | None) -> QuantizationCo
             "`quantization` stores the weights in 4 or 8 bits, where they cannot be trained. "
             "Add a `peft` section (QLoRA), or remove `quantization`."
         )
+    if peft.get("use_dora") is True:
+        raise ConfigError(
+            "`peft.use_dora: true` needs the lengths of the weight rows, which a quantised base does not keep. "
+            "Turn off `use_dora` or `quantization`."
+        )
     return quantization
 
 

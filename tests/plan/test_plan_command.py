@@ -201,3 +201,147 @@ def test_what_only_fast_layers_keep_is_refused_as_the_run_refuses_it(recipe, cap
             "Use false, selective or full."
         )
     )
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return the one line that a mistake gives."""
+    assert main(["plan", *words]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(("key", "length"), [("--seq-len", 0), ("--seq-len", -5), ("--dataset.seq_length", -5)])
+def test_rows_have_a_token(recipe, capsys, key, length):
+    found = error_of(capsys, recipe(peft=PEFT), key, str(length))
+    name = key if key == "--seq-len" else key.removeprefix("--")
+    assert found == f"`{name}` is {length}, but a row has at least one token. Use a length such as 1024."
+
+
+IN_FP8 = {"load_in_4bit": True, "compute_in_fp8": True}
+
+
+@pytest.mark.parametrize(
+    ("more", "gpu", "expected"),
+    [
+        (
+            {"fp8": {"enabled": True}},
+            "a100-80",
+            "`fp8.enabled: true` needs compute capability 8.9, and NVIDIA A100 80 GB has less. Set it to false, or "
+            "plan for another GPU.",
+        ),
+        (
+            {"quantization": IN_FP8},
+            "rtx3090",
+            "`quantization.compute_in_fp8: true` needs compute capability 8.9, and NVIDIA RTX 3090 has less. Set it to "
+            "false, or plan for another GPU.",
+        ),
+        (
+            {"quantization": IN_FP8, "model__force_hf": True},
+            "h100",
+            "`quantization.compute_in_fp8: true` needs the fast decoder layers, and `force_hf: true`. Leave "
+            "`compute_in_fp8` out: weights stay in 4 bits and are multiplied in the compute dtype.",
+        ),
+        (
+            {"fp8": {"enabled": True}, "model__dtype": "float32"},
+            "h100",
+            "`fp8.enabled: true` needs the fast layers, but the weights are float32, not bfloat16. Set it to false.",
+        ),
+        (
+            {"model__fast_layers": "on", "peft": {**PEFT, "use_dora": True, "dropout": 0.1}},
+            "h100",
+            "`model.fast_layers: on` cannot be: DoRA with dropout is not on the fast path yet. Set it to auto, which "
+            "then takes Transformers' layers.",
+        ),
+        (
+            {"model__cuda_graphs": "on", "model__force_hf": True},
+            "h100",
+            "`model.cuda_graphs: on` records the fast decoder layers, and `force_hf: true`. Set it to auto.",
+        ),
+    ],
+)
+def test_what_the_run_would_refuse_is_not_planned(recipe, capsys, more, gpu, expected):
+    assert error_of(capsys, recipe(**{"peft": PEFT, **more}), "--gpu", gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ({"load_in_8bit": True}, "weights in 8 bits are in layers of bitsandbytes"),
+        (
+            {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float16"},
+            "`quantization.bnb_4bit_compute_dtype` is float16 and the model's dtype bfloat16",
+        ),
+    ],
+)
+def test_packed_weights_that_the_fast_layers_cannot_read_are_planned_as_transformers_layers(
+    recipe, capsys, quantization, reason
+):
+    pytest.importorskip("bitsandbytes")
+    path = recipe(peft=PEFT)
+    _, plain = plan(capsys, path, "--model.force_hf", "true", "--seq-len", "2048")
+    _, fast = plan(capsys, path, "--seq-len", "2048")
+    words = [word for key, value in quantization.items() for word in (f"--quantization.{key}", str(value).lower())]
+    _, found = plan(capsys, path, *words, "--seq-len", "2048")
+    assert f"Decoder layers: plain Transformers: {reason}." in found["notes"]
+    assert found["memory_gib"]["activations"] == plain["memory_gib"]["activations"]
+    assert found["memory_gib"]["activations"] > 1.5 * fast["memory_gib"]["activations"]
+
+
+def test_files_that_are_packed_already_are_planned_as_they_are(recipe, capsys, tmp_path):
+    path = recipe(peft=PEFT)
+    packed_here = plan(capsys, path, "--quantization.load_in_4bit", "true")
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    (tmp_path / "big" / "config.json").write_text(json.dumps({**LLAMA_8B, "quantization_config": stored}))
+    assert plan(capsys, path) == packed_here
+    assert "is stored in 4 bits, where weights cannot be trained" in error_of(capsys, recipe())
+
+
+def test_rounding_while_weights_learn_is_counted(recipe, capsys):
+    """The rounded weights are kept for the way back, and more."""
+    pytest.importorskip("torchao")
+    path = recipe(step_scheduler__local_batch_size=1, model__num_hidden_layers=2)
+    _, plain = plan(capsys, path, "--model.force_hf", "true", "--seq-len", "64")
+    _, rounded = plan(capsys, path, "--qat.enabled", "true", "--seq-len", "64")
+    num_linear = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert rounded["weights"] == plain["weights"]
+    assert rounded["memory_gib"]["activations"] - plain["memory_gib"]["activations"] > 2 * num_linear / 2**30
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"hidden_size": 0}, "The model's `hidden_size` is 0, but it must be at least 1."),
+        (
+            {"num_key_value_heads": 5},
+            "The model's `num_attention_heads` is 32, but it must be a multiple of `num_key_value_heads` = 5.",
+        ),
+        ({"model_type": "t5"}, "`t5` models cannot be loaded with NeMoAutoModelForCausalLM"),
+        (
+            {"model_type": "bert", "max_position_embeddings": 512, "num_hidden_layers": 1},
+            "A micro-batch of 2 × 1,024 tokens of this `bert` model cannot be planned",
+        ),
+    ],
+)
+def test_models_that_cannot_be_planned(recipe, capsys, tmp_path, config, expected):
+    (tmp_path / "big" / "config.json").write_text(json.dumps({**LLAMA_8B, **config}))
+    assert error_of(capsys, recipe()).startswith(expected)
+
+
+def test_a_size_of_the_wrong_kind(recipe, capsys):
+    found = error_of(capsys, recipe(), "--model.hidden_size", "many")
+    assert found.startswith("The configuration of `big` is refused: Validation error for field 'hidden_size'")
+    assert found.endswith("Correct its config.json, or the key under `model`.")
+
+
+def test_the_linear_layers_of_gpt2_are_counted(recipe, capsys, tmp_path):
+    sizes = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 512}
+    (tmp_path / "big" / "config.json").write_text(json.dumps(sizes))
+    _, found = plan(capsys, recipe(), "--seq-len", "128")
+    layer = 64 * 192 + 192 + 64 * 64 + 64 + 2 * 64 * 256 + 256 + 64 + 4 * 64
+    assert found["weights"] == 512 * 64 + 128 * 64 + 2 * layer + 2 * 64
+
+
+def test_a_model_without_attention(recipe, capsys, tmp_path):
+    sizes = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 512}
+    (tmp_path / "big" / "config.json").write_text(json.dumps(sizes))
+    assert error_of(capsys, recipe()).startswith("`mamba` models cannot be planned: no attention is what they are made")

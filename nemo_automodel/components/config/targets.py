@@ -251,15 +251,17 @@ def call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
     """Call a target. A value that a library refuses comes back as one line; our own code speaks for itself.
 
     Raises:
-        ConfigError: a callable of another package raised ValueError or TypeError.
+        ConfigError: a callable of another package raised ValueError or TypeError, or its checks of types did.
     """
     if _name_of(target).startswith("nemo_automodel."):
         return target(*args, **kwargs)
+    from huggingface_hub.errors import StrictDataclassError  # whatever is called here is heavier
+
     try:
         return target(*args, **kwargs)
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         shown = ", ".join(f"{key}={redact(key, value)!r}"[:80] for key, value in kwargs.items())
         reason = " ".join(str(error).split())
         raise ConfigError(

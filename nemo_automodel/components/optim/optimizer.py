@@ -121,7 +121,7 @@ def build_optimizer(
     except ConfigError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:  # every optimizer has its own way to say no
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"`optimizer`: {_name(target)} refuses its arguments: {reason}. Change that key.") from error
     warn_of_vanishing_updates(optimizer, trainable)
     return optimizer

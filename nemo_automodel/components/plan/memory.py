@@ -257,6 +257,8 @@ def _scratch(load: Workload) -> float:
         largest = max(num_in * num_out for num_in, num_out, _, _ in _packs(load))
     if load.store == "nf4":
         return largest * (1 if load.computes_in_fp8 else load.weight_bytes)
+    if load.store == "int8":  # unpacked for the way back; on the way there products are whole numbers of four bytes
+        return max(largest * load.weight_bytes, 4 * load.tokens * max(linear.num_out for linear in load.shape.linears))
     return largest if load.store == "fp8" and load.fp8_copies < 2 else 0
 
 

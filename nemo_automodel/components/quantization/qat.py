@@ -67,6 +67,7 @@ def fake_quantize(model: nn.Module, quantizer: Any) -> None:
             "all of them, and for int4_weight_only 16 times `inner_k_tiles` as well. Lower `groupsize` or "
             "`inner_k_tiles`."
         ) from error
+    _give_back_shapes(model, weights)
     for name, parameter in model.named_parameters():
         assert parameter is weights[name], f"{name} is another parameter after {kind}"
     found = rounding_layers(model)
@@ -78,6 +79,14 @@ def fake_quantize(model: nn.Module, quantizer: Any) -> None:
     left = [name for name in linears if name not in found]
     rest = f"; as they are: {len(left)}, the first is `{left[0]}`" if left else ""
     logger.info("Fake quantisation: %d of %d linear layers (%s)%s.", len(found), len(linears), kind, rest)
+
+
+def _give_back_shapes(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Put weights that are shapes alone, on the meta device, back into layers: torchao makes new ones there."""
+    for name, layer in rounding_layers(model).items():
+        for key, parameter in list(layer.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                setattr(layer, key, weights[f"{name}.{key}"])
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:

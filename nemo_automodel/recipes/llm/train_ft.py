@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_automodel._transformers import auto_model
+from nemo_automodel._transformers.options import refuse_packed_training
 from nemo_automodel.components.config import targets
 from nemo_automodel.components.config._arg_parser import parse_args_and_load_config, run_safely
 from nemo_automodel.recipes.base_recipe import BaseRecipe
@@ -57,6 +58,8 @@ class TrainFinetuneRecipeForNextTokenPrediction(BaseRecipe):
             if row_len and self.settings.step_scheduler.local_batch_tokens is None:
                 wishes["row_shape"] = (self.settings.step_scheduler.local_batch_size, row_len)
             self.model = self.settings.model.instantiate(device=self.device, **wishes)
+            if peft is None and not str(self.settings.model.get("_target_")).endswith(".from_config"):
+                refuse_packed_training(self.model_name(), self.model.config)
         else:
             if wishes:
                 raise UserError(
