@@ -120,6 +120,8 @@ def _outline(source: str | dict[str, Any] | PretrainedConfig, keywords: dict[str
     NeMoAutoModelForCausalLM.model_class(config)  # refuses architectures that are no such models
     check_sizes(config)
     quantization: Any = options.quantization_config
+    if isinstance(quantization, dict):
+        quantization = QuantizationConfig(**quantization)
     if is_read:
         in_fp8 = isinstance(options.fp8_config, FP8Config) and options.fp8_config.enabled
         check_packed_files(str(config.name_or_path), config, quantization, in_fp8)
@@ -159,7 +161,7 @@ def _request(options: ModelOptions, quantization: QuantizationConfig | None) -> 
         recompute=options.activation_checkpointing,
         mlp_tile_tokens=options.mlp_tile_tokens,
         force_hf=options.force_hf,
-        computes_in_fp8=quantization is not None and quantization.compute_in_fp8,
+        computes_in_fp8=isinstance(quantization, QuantizationConfig) and quantization.compute_in_fp8,
         fp8=_fp8(options),
         cuda_graphs=str(options.cuda_graphs),
         is_compiled=options.compile_layers or (options.compile_config is not None and options.compile_config.enabled),

@@ -99,8 +99,8 @@ def packed_dir(tmp_path_factory, model_dir):
     [
         (
             {},
-            "`{}` is stored in 4 bits, where weights cannot be trained. Add a `peft` section (QLoRA), or name the model "
-            "as it was before it was packed.",
+            "`{}` is stored in 4 bits, where weights cannot be trained. Add a `peft` section (QLoRA), or name the "
+            "model as it was before it was packed.",
         ),
         (
             {"peft": lora_section(), "quantization": {"load_in_8bit": True}},
@@ -109,8 +109,8 @@ def packed_dir(tmp_path_factory, model_dir):
         ),
         (
             {"peft": lora_section(), "fp8": {"enabled": True, "emulate": True}},
-            "`fp8.enabled: true` rounds weights of 16 bits, but `{}` is stored in 4. Set it to false, or name the model "
-            "as it was before it was packed.",
+            "`fp8.enabled: true` rounds weights of 16 bits, but `{}` is stored in 4. Set it to false, or name the "
+            "model as it was before it was packed.",
         ),
     ],
 )
