@@ -27,7 +27,7 @@ LORA = PeftConfig(target_modules=["*_proj"], dim=16, alpha=32)
 
 def outline_of(family: str, **options: object) -> outline.Outline:
     config = CONFIGS[family]
-    return outline.from_config(config, peft_config=LORA, torch_dtype="float32", fast_layers="on", **options)
+    return outline.from_config(config, peft_config=LORA, torch_dtype="float32", **{"fast_layers": "on", **options})
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -61,7 +61,7 @@ def test_recomputing_keeps_less_and_moves_more(recompute):
 
 
 def test_adapters_of_packed_weights_stay_apart():
-    found = outline_of("olmo2", quantization_config={"load_in_4bit": True})
+    found = outline_of("olmo2", quantization_config={"load_in_4bit": True}, fast_layers="auto")
     assert found.fused == ()
     assert outline.run_plain(found, 2, 96, "none").adapter_copies == 0
 
