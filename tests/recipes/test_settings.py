@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.recipes import recipe_config
 
 from nemo_automodel.components.config.loader import ConfigNode
 from nemo_automodel.recipes.section_rules import DTYPE_NAMES
@@ -494,3 +495,14 @@ def test_overrides_beat_the_file_and_are_saved(tmp_path: Path, monkeypatch: pyte
     again = load_settings(ConfigNode(yaml.safe_load(yaml.safe_dump(saved))))
     assert effective_yaml(again) == saved
     assert again.max_grad_norm is None
+
+
+@pytest.mark.parametrize("value", ["[mlp]", "{down_proj: 8}"])
+def test_words_without_quotes_in_a_list_of_the_command_line(value):
+    config = recipe_config("nowhere", "nowhere", "run", fp8={"enabled": True, "filter_fqns": value})
+    with pytest.raises(ConfigError) as error:
+        load_settings(ConfigNode(config))
+    assert str(error.value) == (
+        f"`fp8.filter_fqns` is `{value}`, but it must be a list of texts. On the command line put texts inside in "
+        """quotes: "['a', 'b']" or "{'a': 1}"."""
+    )
