@@ -45,6 +45,11 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_path(path.parent)
 
 
+def read_name(path: Path) -> str:
+    """Return the name that a small text file holds; from a damaged file comes one that nothing has."""
+    return path.read_bytes().decode(errors="replace").replace("\0", "\ufffd").strip()
+
+
 def sync_path(path: Path) -> None:
     """Bring a file's contents, or a directory's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
