@@ -220,7 +220,7 @@ def test_no_more_dumps_than_asked_for(make_config, set_up, tmp_path, caplog):
     recipe = set_up(make_config(step_scheduler__max_steps=3, loss_guard=guard))
     with torch.no_grad():
         recipe.model.model.norm.weight[0] = math.nan
-    with pytest.raises(UserError, match="was not saved: `model.norm.weight` is not finite"):
+    with pytest.raises(UserError, match=r"was not saved: `model\.norm\.weight` is not finite"):
         recipe.run_train_validation_loop()
     assert [path.name for path in (tmp_path / "run" / "debug").iterdir()] == ["step_0"]
     assert caplog.text.count("It is not dumped: `loss_guard.max_dumps` is 1.") == 2
