@@ -126,7 +126,7 @@ def test_a_disk_too_small_for_all_checkpoints_is_said_before_step_0(make_config,
     usage = os.statvfs(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free, "total": usage.f_blocks})())
     set_up(make_config(step_scheduler__max_steps=10, step_scheduler__ckpt_every_steps=2))
-    assert "This run will hold up to 5 checkpoints of about 0.00 GiB, but the disk of" in caplog.text
+    assert "This run will hold up to 5 checkpoints of about 0.54 MiB, but the disk of" in caplog.text
     assert "has room for 1." in caplog.text
 
 

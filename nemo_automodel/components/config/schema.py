@@ -254,6 +254,8 @@ def _remedy(value: Any, kinds: tuple[Any, ...], default: Any) -> str:
         return f" Write {int(value)}."
     if isinstance(value, str) and bool in kinds:
         return " Write true or false without quotes."
+    if value == "null" and types.NoneType in kinds:
+        return " On the command line null is written none."
     if default is _NO_DEFAULT:
         return " Change it."
     return f" Change it, or leave it out for {show(default)}."
