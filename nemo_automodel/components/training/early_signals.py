@@ -38,11 +38,9 @@ def stop_in_words(signals: Iterable[signal.Signals]) -> Iterator[None]:
             128 + number,
         )
 
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in signals:
-            if number != signal.SIGINT:
-                previous[number] = signal.signal(number, stop)
+        previous = {each: signal.signal(each, stop) for each in signals if each != signal.SIGINT}
     try:
         yield
     finally:
