@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 
 from nemo_automodel.shared import hub_errors
 from nemo_automodel.shared.errors import UserError, did_you_mean
+
+_BROKEN_ARCHIVE = "PytorchStreamReader failed"
+"""How torch begins what it says of a cut-off `.bin` file."""
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +255,13 @@ def readable_errors(name: str) -> Iterator[None]:
     except hub_errors.transport_errors(HFValidationError) as error:
         # a UserError is a ValueError, so it never lands here
         raise UserError(_explain(name, error)) from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _BROKEN_ARCHIVE not in str(error):
+            raise
+        raise UserError(
+            f"A weight file of `{name}` is damaged, or holds objects that loading would have to run, which is never "
+            "done. Use a model whose weights are safetensors."
+        ) from error
 
 
 def _explain(name: str, error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch
 from nemo_automodel.components.distributed.ranks import Ranks
 from nemo_automodel.components.distributed.shares import Shares
 from nemo_automodel.recipes.settings import RunSettings
-from nemo_automodel.shared.errors import LowMemoryStop, UserError
+from nemo_automodel.shared.errors import LowMemoryStop, StoppedEarly, UserError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -49,6 +49,8 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_status
     if isinstance(error, LowMemoryStop):
         return str(error), LowMemoryStop.exit_status
+    if isinstance(error, StoppedEarly):
+        return str(error), error.exit_status
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return " ".join("".join(traceback.format_exception_only(error)).split()), 1

@@ -227,6 +227,6 @@ class ResumeCheck:
             )
         return False, (
             f"The loss of the recorded batch is {loss:.6f}, at the save it was {recorded:.6f}, more than {bound:.2g} "
-            f"away{why}. The checkpoint's files are as they were saved, so the weights below an adapter, the model's "
-            "code or the libraries differ. Restore those."
+            f"away{why}. Files in its manifest.json are as they were saved, so the weights below an adapter, the "
+            "model's code or the libraries differ. Restore those."
         )

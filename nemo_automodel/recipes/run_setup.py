@@ -54,6 +54,7 @@ from nemo_automodel.components.optim.optimizer import (
 from nemo_automodel.components.optim.scheduler import OptimizerParamScheduler, SchedulePlan, plan_schedule
 from nemo_automodel.components.quantization.qat import DelayedStart
 from nemo_automodel.components.training.determinism import switch_determinism
+from nemo_automodel.components.training.early_signals import stop_in_words
 from nemo_automodel.components.training.rng import ScopedRNG, StatefulRNG
 from nemo_automodel.components.training.step_scheduler import StepScheduler, TrainLoader
 from nemo_automodel.kernels.weight_grad import sum_afterwards
@@ -154,6 +155,10 @@ class RunSetUp:
         """
         setup_logging()
         self._read_settings()
+        with stop_in_words(self.settings.step_scheduler.preemption_signals()):
+            self._set_up()
+
+    def _set_up(self) -> None:
         self._find_devices()
         log_experiment(type(self).__name__, self.model_name(), self.dist, self.effective)
         self._read_callables()

@@ -44,6 +44,14 @@ class LowMemoryStop(BaseException):
     exit_status = 3
 
 
+class StoppedEarly(KeyboardInterrupt):
+    """A signal that asks a run to save and stop came before there was anything to save. The message is one line."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean `x`?"`` for the nearest known word, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from checkpoint.tiny_run import CONFIG, Run, assert_same
+from checkpoint.tiny_run import CONFIG, Run, assert_same, contents
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nemo_automodel.components.checkpoint.checkpointing import SaveError, estimate_num_bytes
@@ -207,3 +207,35 @@ def test_estimated_size_is_the_size(tmp_path):
     assert size == pytest.approx(estimate_num_bytes(run.model, saves_whole_model=True), rel=0.05)
     frozen = sum(p.numel() * p.element_size() for p in run.model.parameters() if not p.requires_grad)
     assert estimate_num_bytes(run.model, True) - estimate_num_bytes(run.model, False) == frozen
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, value, is_async):
+    """They would be LATEST, and with few checkpoints kept push out the last good one."""
+    run = Run(tmp_path, max_recent_checkpoints=1, is_async=is_async)
+    run.train(2)
+    good = run.save()
+    run.checkpointer.finish()
+    before = contents(tmp_path)
+    run.train(1)
+    with torch.no_grad():
+        run.model.head.weight[0, 3] = value
+    with pytest.raises(SaveError) as caught:
+        run.save()
+    assert str(caught.value).startswith(
+        f"The checkpoint `{tmp_path / 'epoch_0_step_2'}` was not saved: `head.weight` is not finite (1 of 6 trained "
+        "weights are sick)"
+    )
+    assert contents(tmp_path) == before
+    resumed = Run(tmp_path)
+    resumed.load(good)
+    assert resumed.steps.step == 2
+
+
+def test_a_frozen_weight_may_be_what_it_is(tmp_path):
+    run = Run(tmp_path)
+    run.train(1)
+    with torch.no_grad():
+        run.model.frozen.weight[0, 0] = float("-inf")  # a mask that a model keeps as a weight, for example
+    assert run.save().is_dir()

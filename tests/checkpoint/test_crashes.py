@@ -15,7 +15,7 @@ from checkpoint.tiny_run import CONFIG, Run, assert_same, contents, in_child
 from safetensors import SafetensorError
 
 from nemo_automodel.components.checkpoint.checkpointing import SaveError
-from nemo_automodel.components.checkpoint.disk import check_writable
+from nemo_automodel.components.checkpoint.disk import check_writable, explain_write_failure
 from nemo_automodel.components.checkpoint.layout import complete_checkpoints, missing_parts
 from nemo_automodel.components.checkpoint.pointers import read_pointer
 from nemo_automodel.components.checkpoint.run_directory import choose_run_directory
@@ -149,7 +149,7 @@ def test_foreign_files_and_complete_checkpoints_survive_the_cleaning(tmp_path):
 
 
 FAILURES = [
-    (OSError(errno.ENOSPC, "No space left on device"), "has no room: .* GiB free. Free some space"),
+    (OSError(errno.ENOSPC, "No space left on device"), "has no room: .* [GM]iB free. Free some space"),
     (OSError(errno.EDQUOT, "Disk quota exceeded"), "takes no more files of yours"),
     (PermissionError(errno.EACCES, "Permission denied"), "no permission"),
     (OSError(errno.EROFS, "Read-only file system"), "the file system is read-only"),
@@ -247,9 +247,21 @@ def test_a_disk_that_fills_up(small_disk, width):
         Run(small_disk, width=width).load(last)
 
 
+def test_a_disk_without_inodes_says_so(tmp_path, monkeypatch):
+    """There may be gigabytes free, which says nothing to the user."""
+    counts = os.statvfs(tmp_path)
+    none_left = type(
+        "Counts", (), {"f_files": 1000, "f_favail": 0, "f_bavail": 9, "f_blocks": 9, "f_bfree": 9, "f_frsize": 4096}
+    )
+    monkeypatch.setattr("os.statvfs", lambda path: none_left if path == tmp_path else counts)
+    message = explain_write_failure(tmp_path, OSError(errno.ENOSPC, "No space left on device"))
+    assert message is not None
+    assert "has no room for another file, however small (its inodes are used up): " in message
+
+
 def test_too_little_space_is_said_before_step_0(small_disk):
     check_writable(small_disk, 2**19)
-    with pytest.raises(UserError, match=r"A checkpoint needs about 1\.00 GiB\. The disk of .* 0\.00 GiB free"):
+    with pytest.raises(UserError, match=r"A checkpoint needs about 1\.00 GiB\. The disk of .* \d\.\d\d MiB free"):
         check_writable(small_disk, 2**30)
     (small_disk / "filler").write_bytes(b"0" * 2**19)
     with pytest.raises(UserError, match="has no room"):

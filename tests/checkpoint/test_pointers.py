@@ -12,7 +12,7 @@ from checkpoint.tiny_run import Run, fake_checkpoint
 
 from nemo_automodel.components.checkpoint.layout import complete_checkpoints, step_of
 from nemo_automodel.components.checkpoint.pointers import check_pointer_places, move_pointer, read_pointer
-from nemo_automodel.components.checkpoint.publish import best_checkpoint, validation_loss
+from nemo_automodel.components.checkpoint.publish import best_checkpoint, recover, validation_loss
 from nemo_automodel.components.checkpoint.restore import find_restore, newest_checkpoint
 from nemo_automodel.shared.errors import UserError
 
@@ -159,6 +159,17 @@ def test_a_directory_with_a_pointers_name_is_refused(tmp_path):
 )
 def test_names_of_checkpoints(name, step):
     assert step_of(Path("x", name)) == step
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00a", b"epoch_0_step_9\x00"])
+def test_a_damaged_text_pointer_or_note_names_nothing(tmp_path, damage):
+    fake_checkpoint(tmp_path, 1)
+    (tmp_path / "LATEST.txt").write_bytes(damage)
+    (tmp_path / ".publishing").write_bytes(damage)
+    assert newest_checkpoint(tmp_path) == tmp_path / "epoch_0_step_1"
+    recover(tmp_path, [tmp_path], "default")
+    assert not (tmp_path / ".publishing").exists()
+    assert (tmp_path / "LATEST.txt").read_bytes() == damage
 
 
 def test_automatic_restore(tmp_path):

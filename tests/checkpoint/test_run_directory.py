@@ -249,6 +249,13 @@ def test_restore_from_a_pointer_continues_that_run(tmp_path):
     assert "the new ones count" in found.message
 
 
+@pytest.mark.parametrize("number", [12, 1.5])
+def test_restore_from_may_look_like_a_number(tmp_path, number):
+    fake_checkpoint(tmp_path, 1, CONFIG)
+    with pytest.raises(UserError, match=f"`checkpoint.restore_from: {number}` is neither a pointer"):
+        named(tmp_path, changed(("checkpoint.restore_from", number)))
+
+
 def test_restore_from_elsewhere_starts_in_the_own_directory(tmp_path):
     source = saved(default(tmp_path / "a", OTHER), tmp_path / "a", OTHER, 9)
     place = named(tmp_path / "b", changed(("checkpoint.restore_from", str(source))))

@@ -62,6 +62,11 @@ def test_values_that_fit(key: str, written: Any, value: Any):
     ("key", "written", "message"),
     [
         ("count", "many", "`s.count` is `many`, but it must be a whole number. Change it, or leave it out for 3."),
+        (
+            "limit",
+            "null",
+            "`s.limit` is `null`, but it must be a whole number or null. On the command line null is written none.",
+        ),
         ("count", True, "`s.count` is true, but it must be a whole number."),
         ("count", 3.0, "`s.count` is 3.0, but it must be a whole number. Write 3."),
         ("count", None, "`s.count` is null, but it must be a whole number."),

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from checkpoint.tiny_run import in_child
 from support.recipes import recipe_config, set_up_recipe
 
 from nemo_automodel.components.checkpoint.layout import complete_checkpoints
+from nemo_automodel.components.config.loader import load_yaml_config
 from nemo_automodel.components.config.run_safely import run_safely
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
 
@@ -124,7 +126,7 @@ def test_a_disk_too_small_for_all_checkpoints_is_said_before_step_0(make_config,
     usage = os.statvfs(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free, "total": usage.f_blocks})())
     set_up(make_config(step_scheduler__max_steps=10, step_scheduler__ckpt_every_steps=2))
-    assert "This run will hold up to 5 checkpoints of about 0.00 GiB, but the disk of" in caplog.text
+    assert "This run will hold up to 5 checkpoints of about 0.54 MiB, but the disk of" in caplog.text
     assert "has room for 1." in caplog.text
 
 
@@ -152,6 +154,40 @@ def test_a_signal_leaves_a_checkpoint_and_exit_status_0(make_config, tmp_path, n
     assert (tmp_path / "run" / "LATEST").resolve().name == f"epoch_{last['epoch']}_step_{last['step']}"
     assert f"{signal.Signals(number).name} received" in output
     assert ("Press Ctrl-C again to stop at once without it." in output) == (number == signal.SIGINT)
+
+
+class StopsWhileLoading(TrainFinetuneRecipeForNextTokenPrediction):
+    """Gets a signal while its model is loaded, with a helper of its own that was forked before."""
+
+    number = signal.SIGTERM
+
+    def build_model(self):
+        reader, writer = os.pipe()
+        self.helper = os.fork()
+        if self.helper == 0:
+            os.write(writer, b"!")  # Python forgets a signal that arrives while it forks
+            time.sleep(20)
+            os._exit(0)
+        os.read(reader, 1)
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_the_run_in_one_line(make_config, tmp_path, capfd, number):
+    config = make_config(step_scheduler__max_steps=2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    recipe = StopsWhileLoading(load_yaml_config(tmp_path / "config.yaml"))
+    recipe.number = number
+    handlers = {other: signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    assert run_safely(recipe.setup) == 128 + number
+    assert {other: signal.getsignal(other) for other in handlers} == handlers
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"{number.name} received before the first step: nothing was trained, so there is nothing to save, and "
+        "checkpoints of before are untouched. The same command starts again."
+    )
+    os.kill(recipe.helper, number)  # which the helper does not take for its own
+    assert os.waitstatus_to_exitcode(os.waitpid(recipe.helper, 0)[1]) == -number
+    assert not complete_checkpoints(tmp_path / "run")
 
 
 class StopsWhileValidating(TrainFinetuneRecipeForNextTokenPrediction):

@@ -175,6 +175,36 @@ def test_rolling_back_takes_weights_and_optimizer_and_leaves_the_data(make_confi
     assert recipe.schedule.step == 9
 
 
+class Overflows(TrainFinetuneRecipeForNextTokenPrediction):
+    """The update of step 2 leaves a weight that is not a number, once."""
+
+    has_happened = False
+
+    def _update(self) -> None:
+        super()._update()
+        if self.schedule.step - 1 == 2 and not self.has_happened:
+            self.has_happened = True
+            with torch.no_grad():
+                self.model.model.norm.weight[0] = math.nan
+
+
+def test_rolling_back_never_meets_the_sick_weights_again(make_config, set_up, tmp_path, caplog):
+    """A save falls between the update that spoils the weights and the step that shows it; one checkpoint is kept."""
+    schedule = {"step_scheduler__max_steps": 6, "step_scheduler__ckpt_every_steps": 1}
+    keeps = {"checkpoint__max_recent_checkpoints": 1}
+    recipe = set_up(make_config(**schedule, **keeps, loss_guard={"on_nonfinite": "rollback"}))
+    recipe.__class__ = Overflows
+    recipe.run_train_validation_loop()
+    assert (
+        f"The checkpoint `{tmp_path / 'run' / 'epoch_0_step_2'}` was not saved: `model.norm.weight` is" in caplog.text
+    )
+    assert f"Weights and optimizer are those of {tmp_path / 'run' / 'epoch_0_step_1'} again" in caplog.text
+    assert [math.isfinite(record["loss"]) for record in records(tmp_path / "run") if record["loss"] is not None] == [
+        True
+    ] * 5
+    assert complete_checkpoints(tmp_path / "run")[-1].name == "epoch_0_step_5"
+
+
 def test_too_many_sick_steps_stop_every_run(make_config, set_up, tmp_path):
     config = make_config(step_scheduler__max_steps=9, loss_guard={"on_nonfinite": "skip", "max_nonfinite": 2})
     recipe = set_up(config)
@@ -190,7 +220,8 @@ def test_no_more_dumps_than_asked_for(make_config, set_up, tmp_path, caplog):
     recipe = set_up(make_config(step_scheduler__max_steps=3, loss_guard=guard))
     with torch.no_grad():
         recipe.model.model.norm.weight[0] = math.nan
-    recipe.run_train_validation_loop()
+    with pytest.raises(UserError, match=r"was not saved: `model\.norm\.weight` is not finite"):
+        recipe.run_train_validation_loop()
     assert [path.name for path in (tmp_path / "run" / "debug").iterdir()] == ["step_0"]
     assert caplog.text.count("It is not dumped: `loss_guard.max_dumps` is 1.") == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -246,6 +247,28 @@ def test_cut_off_and_incomplete_files(model_copy):
     (model_copy / "model.safetensors.index.json").unlink()
     (model_copy / "config.json").write_text("{")
     assert "cannot be loaded" in refused(load, model_copy)
+
+
+class _Evil:
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return open, (str(self.proof), "w")
+
+
+@pytest.mark.parametrize("damage", ["evil", "cut off", "empty", "no pickle"])
+def test_pickled_weights_run_nothing_and_are_one_line(model_copy, tmp_path, damage):
+    (model_copy / "model.safetensors").unlink()
+    buffer = io.BytesIO()
+    torch.save({"weight": _Evil(tmp_path / "proof")}, buffer)
+    contents = {"evil": buffer.getvalue(), "cut off": buffer.getvalue()[:200], "empty": b"", "no pickle": b"<html>"}
+    (model_copy / "pytorch_model.bin").write_bytes(contents[damage])
+    message = refused(load, model_copy)
+    assert message.startswith(
+        f"A weight file of `{model_copy}` is damaged, or holds objects that loading would have to"
+    )
+    assert not (tmp_path / "proof").exists()
 
 
 def test_missing_weights_never_stay_random(model_copy):

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -109,7 +110,7 @@ class Checkpointer:
         failure of the save before is logged.
 
         Raises:
-            SaveError: no space, no permission, or the name is taken.
+            SaveError: no space, no permission, the name is taken, or the weights are not finite.
         """
         target = self.run_dir / checkpoint_name(epoch, step_index)
         try:
@@ -119,6 +120,7 @@ class Checkpointer:
         logger.info("Saving checkpoint to %s", target)
         if target.exists():
             raise SaveError(f"`{target}` is there already, and a checkpoint is never overwritten. Move it away.")
+        _refuse_sick_weights(target, parts.model)
         snapshot = take_snapshot(parts)
         snapshot.files[LOSSES_FILE] = _to_json({name: _finite(loss) for name, loss in losses.items()})
         progress = {"step": step_index, "epoch": epoch, "is_last_step": is_last_step}
@@ -263,6 +265,30 @@ def _load_weights(path: Path, parts: Parts) -> dict[str, Any]:
     else:
         parts.model_files.read(path / MODEL_DIR)
     return nested
+
+
+def _refuse_sick_weights(target: Path, model: nn.Module) -> None:
+    """Leave weights that went bad in the update just done out of every checkpoint.
+
+    Saved, they would be what a resume and a rollback go back to, and in time push out the last good checkpoint. The
+    price is one read of the trained weights.
+
+    Raises:
+        SaveError: a trained weight is infinite or not a number.
+    """
+    trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
+    if not trained:
+        return
+    # of the smallest and the largest number one is not finite where any is
+    ends = [torch.stack(torch.aminmax(weight)).isfinite().all() for _, weight in trained]
+    if bool(torch.stack(ends).all()):
+        return
+    sick = [name for (name, _), is_finite in zip(trained, ends, strict=True) if not is_finite]
+    raise SaveError(
+        f"The checkpoint `{target}` was not saved: `{sick[0]}` is not finite ({len(sick)} of {len(trained)} trained "
+        "weights are sick), so nothing could go on from it; earlier ones are untouched. Go on from one of them with a "
+        "lower `optimizer.lr` or a longer warm-up."
+    )
 
 
 class _Background:

@@ -45,6 +45,11 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_path(path.parent)
 
 
+def read_name(path: Path) -> str:
+    """Return the name that a small text file holds; from a damaged file comes one that nothing has."""
+    return path.read_bytes().decode(errors="replace").replace("\0", "\ufffd").strip()
+
+
 def sync_path(path: Path) -> None:
     """Bring a file's contents, or a directory's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -87,7 +92,7 @@ def check_writable(directory: Path, num_bytes_needed: int = 0) -> None:
     if shutil.disk_usage(directory).free < num_bytes_needed:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise UserError(
-            f"A checkpoint needs about {num_bytes_needed / _GIB:.2f} GiB. {_reason(full, directory)} {_remedy(full)}"
+            f"A checkpoint needs about {_size(num_bytes_needed)}. {_reason(full, directory)} {_remedy(full)}"
         )
 
 
@@ -96,9 +101,9 @@ def warn_if_crowded(directory: Path, num_bytes_each: int, num_checkpoints: int) 
     room = shutil.disk_usage(directory).free // max(num_bytes_each, 1)
     if room < num_checkpoints:
         logger.warning(
-            "This run will hold up to %d checkpoints of about %.2f GiB, but the disk of `%s` has room for %d. A save "
+            "This run will hold up to %d checkpoints of about %s, but the disk of `%s` has room for %d. A save "
             "without room is skipped. Free some space or set --checkpoint.max_recent_checkpoints %d.",
-            *(num_checkpoints, num_bytes_each / _GIB, directory, room, max(1, room - 2)),
+            *(num_checkpoints, _size(num_bytes_each), directory, room, max(1, room - 2)),
         )
 
 
@@ -127,15 +132,28 @@ def _system_error(error: BaseException | None) -> OSError | None:
 def _reason(error: OSError, directory: Path) -> str:
     number = error.errno
     if number in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(directory).free / _GIB if directory.exists() else 0.0
+        free = shutil.disk_usage(directory).free if directory.exists() else 0
         what = "has no room" if number == errno.ENOSPC else "takes no more files of yours (quota)"
-        return f"The disk of `{directory}` {what}: {free:.2f} GiB free."
+        if number == errno.ENOSPC and _has_no_inode(directory):
+            what = "has no room for another file, however small (its inodes are used up)"
+        return f"The disk of `{directory}` {what}: {_size(free)} free."
     if number in (errno.EACCES, errno.EPERM):
         return f"`{directory}` cannot be written: no permission."
     if number == errno.EROFS:
         return f"`{directory}` cannot be written: the file system is read-only."
     what = f" (`{error.filename}`)" if error.filename else ""
     return f"`{directory}` cannot be written: {error.strerror}{what}."
+
+
+def _has_no_inode(directory: Path) -> bool:
+    if not directory.exists():
+        return False
+    counts = os.statvfs(directory)
+    return counts.f_files > 0 and counts.f_favail == 0  # file systems without a limit say 0 of 0
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB / 100 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _remedy(error: OSError) -> str:

@@ -75,7 +75,7 @@ def verify(checkpoint: Path, folders: tuple[str, ...] = ("",)) -> bool:
     """
     path = checkpoint / MANIFEST_FILE
     if not path.is_file():
-        logger.info(
+        logger.warning(
             "%s has no %s, so its files cannot be checked for damage. Loading it as it is", checkpoint, path.name
         )
         return False

@@ -10,7 +10,7 @@ import errno
 import os
 from pathlib import Path
 
-from nemo_automodel.components.checkpoint.disk import replace_file, sync_path
+from nemo_automodel.components.checkpoint.disk import read_name, replace_file, sync_path
 from nemo_automodel.components.checkpoint.layout import temporary_path
 from nemo_automodel.shared.errors import UserError
 
@@ -28,7 +28,7 @@ def read_pointer(directory: Path, name: str) -> Path | None:
     if link.is_symlink():
         return Path(os.path.normpath(directory / os.readlink(link)))
     if text.is_file():
-        return Path(os.path.normpath(directory / text.read_text().strip()))
+        return Path(os.path.normpath(directory / read_name(text)))
     return None
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nemo_automodel.components.checkpoint.disk import replace_file, sync_path
+from nemo_automodel.components.checkpoint.disk import read_name, replace_file, sync_path
 from nemo_automodel.components.checkpoint.layout import (
     INCOMPLETE_MARKER,
     LOSSES_FILE,
@@ -60,7 +60,7 @@ def recover(run_dir: Path, pointer_dirs: Sequence[Path], best_metric_key: str) -
     """Bring a directory to the state after the last whole save: leftovers go, unfinished pointer moves are finished."""
     note = run_dir / _NOTE
     if note.is_file():
-        target = run_dir / note.read_text()
+        target = run_dir / read_name(note)
         if target.parent == run_dir and not missing_parts(target):
             logger.info("%s was published, but the pointers did not move before the run ended. Moving them", target)
             _move_pointers(target, pointer_dirs, best_metric_key)

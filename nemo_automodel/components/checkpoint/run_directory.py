@@ -86,6 +86,8 @@ def _choose(root: Path, is_default: bool, effective: Mapping[str, Any]) -> RunDi
     identity = run_identity(effective)
     settings = effective.get("checkpoint") or {}
     restore_from = settings.get("restore_from")
+    if restore_from is not None:
+        restore_from = str(restore_from)  # a directory may be named 12
     source = find_restore(root, root, restore_from) if restore_from else None
     path, note = _owner_of(source, root, identity) or _pick(root, is_default, identity)
     check_writable(path)

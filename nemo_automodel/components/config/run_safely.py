@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_automodel.shared import processes
-from nemo_automodel.shared.errors import LowMemoryStop, UserError
+from nemo_automodel.shared.errors import LowMemoryStop, StoppedEarly, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -41,7 +41,8 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
 
     A ``UserError``, a full disk, a missing permission, a full GPU or an operation that adds in no fixed order where one
     is wanted prints ``error: …`` on one line of stderr and gives 2; a run stopped before the machine swaps gives 3, one
-    that lost one of its processes 4; Ctrl-C gives 130; anything else is a defect and keeps its traceback.
+    that lost one of its processes 4; Ctrl-C gives 130, and so 128 plus its number does another signal before the first
+    step; anything else is a defect and keeps its traceback.
 
     Args:
         function: what to run; its result, if a whole number, is the status.
@@ -50,6 +51,10 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
     shows_traceback = "--debug" in sys.argv[1:] if debug is None else debug
     try:
         status = function()
+    except StoppedEarly as stop:
+        if processes.is_first():
+            sys.stderr.write(f"{stop}\n")
+        return stop.exit_status
     except KeyboardInterrupt:
         if processes.is_first():
             sys.stderr.write("interrupted\n")

@@ -256,6 +256,8 @@ def _remedy(value: Any, kinds: tuple[Any, ...], default: Any) -> str:
         return " Write true or false without quotes."
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):  # what YAML reads so, the command line does not
         return """ On the command line put texts inside in quotes: "['a', 'b']" or "{'a': 1}"."""
+    if value == "null" and types.NoneType in kinds:
+        return " On the command line null is written none."
     if default is _NO_DEFAULT:
         return " Change it."
     return f" Change it, or leave it out for {show(default)}."
