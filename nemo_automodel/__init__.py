@@ -6,8 +6,14 @@ torch by itself.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
+
+# Unless told otherwise, libraries below send what nobody asked for, and some look once, when they are imported: counts
+# of use, and of a model without safetensors its name, with the user's token, to a service that converts it.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 __version__ = "0.1.0"
 

@@ -19,6 +19,7 @@ from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.merge import Adapter, fetch_model
 from nemo_automodel._transformers.model_files import AUTOMODEL_PEFT_CONFIG, read_adapter_weights
 from nemo_automodel._transformers.model_source import load_config, read_json, readable_errors
+from nemo_automodel._transformers.options import resolve_device
 from nemo_automodel.components._peft.adapter_state import config_from_adapter, load_adapter_state_dict
 from nemo_automodel.components.export.certificate import Answers
 from nemo_automodel.components.export.weight_files import list_tensors
@@ -159,9 +160,9 @@ def choose_loading(base: Path, device: str | None, trust_remote_code: bool) -> L
     """Return how to load models like ``base``: on the GPU if there is one, in fp32 if that fits.
 
     Raises:
-        UserError: not even bf16 fits.
+        UserError: no such device, or not even bf16 fits.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = resolve_device(device)
     num_weights = sum(torch.Size(info.shape).numel() for info in list_tensors(base).values())
     free = torch.cuda.mem_get_info(chosen)[0] if chosen.type == "cuda" else _free_memory()
     for dtype in (torch.float32, torch.bfloat16):

@@ -131,6 +131,11 @@ def load_config(name: str, trust_remote_code: bool, hub: dict[str, Any], overrid
     """
     with readable_errors(name):
         values, _ = PretrainedConfig.get_config_dict(name, **hub)
+        if not values.keys() - {"_commit_hash"} and not Path(name).is_dir():
+            raise UserError(
+                f"`{name}` has no config.json on the Hub, so it is no whole model. If it is an adapter, fetch it with "
+                f"hf download {name} --local-dir adapter, and name that directory."
+            )
         auto_map = values.get("auto_map", {})
         is_known = values.get("model_type") in CONFIG_MAPPING
         if auto_map and trust_remote_code:
@@ -265,7 +270,7 @@ def readable_errors(name: str) -> Iterator[None]:
 
 
 def _explain(name: str, error: Exception) -> str:
-    hub = hub_errors.explain(name, error)
+    hub = hub_errors.explain(name, error) or hub_errors.explain_missing(name)
     if hub is not None:
         return hub
     if any(isinstance(item, PermissionError) for item in hub_errors.causes(error)):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
 from nemo_automodel._transformers.inference import load_for_inference
@@ -35,6 +36,7 @@ from nemo_automodel.components.loggers.console import Bar
 from nemo_automodel.recipes.trained_model import Source, Trained, Wishes, ask, ask_trained, find_source, open_adapter
 from nemo_automodel.shared.dtypes import dtype_name
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.system_errors import system_error
 
 
 @contextmanager
@@ -54,8 +56,14 @@ def new_directory(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         os.replace(part, out)
-    except OSError as error:
-        raise UserError(f"`{out}` cannot be written: {error.strerror or error}. Nothing was left there.") from error
+    except (OSError, SafetensorError) as error:
+        reason = system_error(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"`{out}` cannot be written: {reason.strerror}. Make room there or name another place with --out; nothing "
+            "was left of it."
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -158,7 +166,7 @@ def export_whole(
     """Write a Hugging Face directory with its certificate; ``add`` writes more into it."""
     hide_bars_without_terminal()
     adapter = open_adapter(source, wishes)
-    with with_weights(source, out) as source, new_directory(out) as part:
+    with new_directory(out) as part, with_weights(source, out) as source:
         trained = ask_trained(source, wishes, adapter) if wishes.is_certified else None
         is_rounded = trained.is_rounded if trained is not None else wishes.merge_into == "rounded"
         if trained is not None:

@@ -130,7 +130,7 @@ def _gguf(source: Source, out: Path, kind: str, wishes: Wishes, gguf_type: str) 
     adapter = open_adapter(source, wishes)
     if adapter is not None and wishes.dtype is None and gguf_type in ("f16", "f32"):
         wishes = replace(wishes, dtype=torch.float32)  # finer than bf16, so the merge must not round to that first
-    with with_weights(source, out) as source, new_directory(out) as part:
+    with new_directory(out) as part, with_weights(source, out) as source:
         trained = ask_trained(source, wishes, adapter) if wishes.is_certified else None
         is_rounded = trained.is_rounded if trained is not None else wishes.merge_into == "rounded"
         if trained is not None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,13 @@ from huggingface_hub.errors import HFValidationError
 
 from nemo_automodel._transformers.model_files import ADAPTER_CONFIG
 from nemo_automodel._transformers.model_source import hide_bars_without_terminal, read_json, resolve_source
-from nemo_automodel.components.checkpoint.layout import LOSSES_FILE
+from nemo_automodel.components.checkpoint.layout import LOSSES_FILE, staging_path
 from nemo_automodel.components.export.certificate import CERTIFICATE_FILE, check_certificate
 from nemo_automodel.components.export.model_card import model_card, public_name
+from nemo_automodel.recipes.export_formats import export
 from nemo_automodel.recipes.llm.text_data import model_path_of
 from nemo_automodel.recipes.settings import effective_yaml
-from nemo_automodel.recipes.trained_model import Source, find_source
+from nemo_automodel.recipes.trained_model import Source, Wishes, find_source
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.hub_errors import endpoint, explain_push, offline_switch, transport_errors
 
@@ -33,20 +37,55 @@ README = "README.md"
 def push(path: str, repo: str, *, is_public: bool, needs_certificate: bool, run: str | None = None) -> str:
     """Upload the model at ``path`` to ``repo`` and return its address.
 
-    ``run`` is the checkpoint that the model came from, for the card of an exported directory.
+    A checkpoint has no certificate of its own: one is made of a copy, which is what goes up. ``run`` is the checkpoint
+    that the model came from, for the card of an exported directory.
 
     Raises:
-        UserError: no certificate, files that changed since, or whatever the Hub says.
+        UserError: no certificate, a failed one, files that changed since, or whatever the Hub says.
     """
     switch = offline_switch()
     if switch is not None:
         raise UserError(f"{switch} forbids to ask the Hub, so nothing can be uploaded. Unset it.")
-    source = find_source(path)
-    certificate = check_certificate(source.directory) if needs_certificate else _any_certificate(source.directory)
-    card = write_card(source if run is None else find_source(run), source.directory, repo, certificate)
+    source = _find(path)
+    about = source if run is None else find_source(run)
+    if not needs_certificate:
+        return _push(source.directory, repo, about, _any_certificate(source.directory), is_public)
+    if source.checkpoint is None:
+        return _push(source.directory, repo, about, check_certificate(source.directory), is_public)
+    with _certified_copy(path, source, source.checkpoint) as copy:
+        return _push(copy, repo, about, check_certificate(copy), is_public)
+
+
+def _find(path: str) -> Source:
+    """Return what ``path`` means; a GGUF file's directory is no source of an export, but it can go up."""
+    directory = Path(path).expanduser()
+    is_other_format = (directory / CERTIFICATE_FILE).is_file() and any(directory.glob("*.gguf"))
+    return Source(directory, None, None) if is_other_format else find_source(path)
+
+
+@contextmanager
+def _certified_copy(path: str, source: Source, checkpoint: Path) -> Iterator[Path]:
+    """Export a checkpoint as it is, with its certificate, to a place beside it that goes away afterwards."""
+    work = staging_path(checkpoint.resolve())  # a name that the run's next start cleans away
+    copy = work / "model"
+    try:
+        certificate = export(path, copy, "peft" if source.is_adapter else "hf", Wishes())
+        failed = [check for check in certificate.checks if not check.passed] if certificate is not None else []
+        if failed:
+            raise UserError(
+                f"Nothing was sent: an export of `{path}` is not the model that was trained: {failed[0].detail}. Look "
+                "at it with `automodel export`, or insist with --no-certificate."
+            )
+        yield copy
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _push(directory: Path, repo: str, about: Source, certificate: dict[str, Any] | None, is_public: bool) -> str:
+    card = write_card(about, directory, repo, certificate)
     hide_bars_without_terminal()
     try:
-        return _upload(source.directory, repo, card, is_public)
+        return _upload(directory, repo, card, is_public)
     except HFValidationError as error:
         raise UserError(f"`{repo}` is no possible name at the Hub. Write owner/name, or a name alone.") from error
     except transport_errors() as error:

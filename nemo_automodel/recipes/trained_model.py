@@ -21,6 +21,7 @@ from nemo_automodel._transformers.auto_tokenizer import NeMoAutoTokenizer
 from nemo_automodel._transformers.inference import checkpoint_of, find_model_directory
 from nemo_automodel._transformers.merge import Adapter, fetch_model, read_adapter
 from nemo_automodel._transformers.model_files import ADAPTER_CONFIG
+from nemo_automodel._transformers.model_source import check_local_model
 from nemo_automodel.components._peft.config import PeftConfig
 from nemo_automodel.components._peft.lora import adapters_off
 from nemo_automodel.components.checkpoint.layout import CONFIG_FILE, MODEL_DCP_DIR, MODEL_DIR
@@ -103,6 +104,8 @@ def find_source(path: str) -> Source:
         )
     checkpoint = checkpoint_of(directory)
     if checkpoint is None:
+        if not (directory / ADAPTER_CONFIG).is_file():  # an adapter's files are checked when it is read
+            check_local_model(directory)
         return Source(directory, None, None)
     verify(checkpoint, (f"{MODEL_DIR}/", f"{MODEL_DCP_DIR}/"))
     return Source(directory, checkpoint, _settings_of(checkpoint))
@@ -124,13 +127,16 @@ def _check_scale(source: Source, adapter: Adapter) -> None:
     if not isinstance(trained, PeftConfig):  # a target of the user's own
         return
     pairs = {
-        "r": trained.dim,
-        "lora_alpha": trained.alpha,
-        "use_rslora": trained.use_rslora,
-        "use_dora": trained.use_dora,
+        "r": (adapter.config.get("r", False), trained.dim),
+        "lora_alpha": (adapter.config.get("lora_alpha", False), trained.alpha),
+        "use_rslora": (adapter.config.get("use_rslora", False), trained.use_rslora),
+        "use_dora": (adapter.config.get("use_dora", False), trained.use_dora),
     }
-    for key, value in pairs.items():
-        found = adapter.config.get(key, False)
+    for name, update in adapter.updates.items():  # what single layers have of their own
+        if update.a is not None:
+            layer = name.removesuffix(".weight")
+            pairs[f"alpha / rank of {layer}"] = (update.scaling, trained.scaling_of(layer))
+    for key, (found, value) in pairs.items():
         if found != value:
             raise UserError(
                 f"`{adapter.directory / ADAPTER_CONFIG}` says `{key}` = {found}, but the run was trained with {value} "

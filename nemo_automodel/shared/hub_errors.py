@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 ENDPOINT = "https://huggingface.co"
@@ -83,11 +84,7 @@ def explain(name: str, error: BaseException, kind: str = "model") -> str | None:
         )
     switch = offline_switch()
     if is_about(OfflineModeIsEnabled) or (switch is not None and is_about(LocalEntryNotFoundError)):
-        return (
-            f"`{name}` is neither a directory here nor complete in the Hugging Face cache, and "
-            f"{switch or 'HF_HUB_OFFLINE'} forbids to look further. Give a directory, or unset "
-            f"{switch or 'HF_HUB_OFFLINE'}."
-        )
+        return _offline(name, switch or "HF_HUB_OFFLINE")
     if is_about(LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) or _is_network(chain):
         return (
             f"`{name}` is not in the Hugging Face cache and the Hub cannot be reached. Check the network (and "
@@ -98,11 +95,37 @@ def explain(name: str, error: BaseException, kind: str = "model") -> str | None:
     return None
 
 
+def explain_missing(name: str) -> str | None:
+    """Return the line where a loader found no file of ``name`` and did not say that it could not look for it.
+
+    Transformers takes a file that is not in the cache for one that does not exist when nobody can be asked.
+    """
+    if Path(name).exists():
+        return None
+    switch = offline_switch()
+    if switch is not None:
+        return _offline(name, switch)
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().auth_check(name)
+    except transport_errors(ValueError) as reason:
+        return explain(name, reason)
+    return None
+
+
+def _offline(name: str, switch: str) -> str:
+    return (
+        f"`{name}` is neither a directory here nor complete in the Hugging Face cache, and {switch} forbids to look "
+        f"further. Give a directory, or unset {switch}."
+    )
+
+
 def explain_refusal(name: str, error: BaseException, kind: str = "model") -> str | None:
     """Return the line where something stands in the way that has one remedy whatever was fetched; otherwise None.
 
-    Gated (no token, not asked, pending, a token without the scope), a bad token, a token that may not, a server in
-    trouble, a connection that broke off, a full disk.
+    Gated (no token, not asked, pending, a token without the scope), a bad token, a token that may not, too many
+    requests, a server in trouble, a connection that broke off, a full disk.
     """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
@@ -127,12 +150,25 @@ def explain_refusal(name: str, error: BaseException, kind: str = "model") -> str
             f"The Hub answers {status} for `{name}`: it has trouble itself. Run the same command again later; what was "
             "fetched is kept."
         )
+    if status == 429:
+        return (
+            f"The Hub answers 429 for `{name}`: too many requests from here. Wait some minutes, then run the same "
+            "command again; with a token (the environment variable HF_TOKEN, or `hf auth login`) more are allowed."
+        )
+    if status is not None and status not in (401, 403, 404):
+        return f"The Hub refuses `{name}` ({status}){_words_of(answer)}."
     if _is_broken_off(chain):
         return (
             f"The connection broke off while `{name}` was fetched. Run the same command again: it goes on where it "
             "ended."
         )
     return None
+
+
+def _words_of(answer: Any) -> str:
+    """Return what the Hub says itself, to stand after a status: a limit, a bill that is open."""
+    words = " ".join((answer.server_message or "").split()).rstrip(".")
+    return f": {words}" if words else ""
 
 
 def _has_code(error: Any) -> bool:
@@ -200,8 +236,18 @@ def explain_push(name: str, error: BaseException) -> str | None:
             f"The token may not write to `{name}` (403 Forbidden): it is for reading, or for other repositories. To "
             f"upload, {needs}."
         )
+    again = "Run the same command again: files that arrived are not sent twice."
     if _is_broken_off(chain) or (status is not None and status >= 500):
-        return f"The upload to `{name}` broke off. Run the same command again: files that arrived are not sent twice."
+        return f"The upload to `{name}` broke off. {again}"
+    if status == 404:
+        return f"The Hub has no account or organisation to hold `{name}` (404). Check the part before the slash."
+    if status is not None and status != 429 and not _is_bad_token(answer):
+        return f"The Hub refuses the upload to `{name}` ({status}){_words_of(answer)}."
+    if status is None and _is_network(chain):
+        return (
+            f"The Hub cannot be reached, so nothing more was sent to `{name}`. Check the network (and HF_ENDPOINT, if "
+            f"you use a mirror). {again}"
+        )
     return explain(name, error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load, save_file
 from support.hub_server import READ, WRITE, HubServer, hub_server
 
 from nemo_automodel.cli.app import main
+from nemo_automodel.recipes import export
 
 HF = Path(sys.executable).with_name("hf")
 
@@ -114,7 +117,9 @@ def test_push_is_private_has_a_card_and_goes_on_after_a_break(runs, exported, hu
 
 def test_nothing_is_sent_without_a_certificate(runs, exported, hub, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert main(["push", str(runs("sft")), "x"]) == 2
+    plain = tmp_path / "plain"
+    shutil.copytree(runs("sft") / "model", plain)
+    assert main(["push", str(plain), "x"]) == 2
     assert "has no certificate.json, so nothing shows that it is what was trained" in capsys.readouterr().err
     damaged = tmp_path / "damaged"
     shutil.copytree(exported, damaged)
@@ -153,3 +158,53 @@ def test_a_token_that_may_not_push(exported, hub, tmp_path: Path, token: str | N
     else:
         assert error == message.format(hub=hub.address)
     assert not hub.repos
+
+
+@pytest.mark.parametrize("kind", ["lora", "sft"])
+def test_a_checkpoint_is_certified_before_it_goes_up(runs, hub, tmp_path: Path, kind: str) -> None:
+    checkpoint = runs(kind)
+    before = sorted(path.name for path in checkpoint.resolve().parent.iterdir())
+    done = run([*AUTOMODEL, "push", checkpoint, "mine"], hub, tmp_path, WRITE)
+    assert done.returncode == 0, done.stderr
+    assert "certificate: passed on 16 rows" in done.stdout
+    files = hub.repos["tester/mine"].files
+    assert b"- max_steps: 6" in files["README.md"]
+    certificate = json.loads(files["certificate.json"])
+    assert (certificate["passed"], certificate["source"]) == (True, "epoch_0_step_5")
+    name = "model.safetensors" if kind == "sft" else "adapter_model.safetensors"
+    assert load(files[name]).keys() == load((checkpoint / "model" / name).read_bytes()).keys()
+    assert sorted(path.name for path in checkpoint.resolve().parent.iterdir()) == before
+
+
+def test_a_checkpoint_that_fails_its_certificate_is_not_sent(runs, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    write = export.write_whole
+
+    def write_another(source, out, *rest):
+        report = write(source, out, *rest)
+        tensors = load((out / "model.safetensors").read_bytes())
+        save_file({name: tensor * 0.9 for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+        return report
+
+    monkeypatch.setattr(export, "write_whole", write_another)
+    assert main(["push", str(runs("sft")), "x"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: Nothing was sent: an export of `")
+    assert "is not the model that was trained: hf differs from the trained model by" in error
+
+
+def test_a_gguf_directory_goes_up(runs, hub, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    words = ["export", str(runs("lora")), "--to", "ollama", "-o", str(tmp_path / "g"), "--device", "cpu"]
+    assert main(words) == 0
+    done = run([*AUTOMODEL, "push", tmp_path / "g", "small"], hub, tmp_path, WRITE)
+    assert done.returncode == 0, done.stderr
+    assert hub.repos["tester/small"].files.keys() == {"Modelfile", "model-q8_0.gguf", "certificate.json", "README.md"}
+
+
+def test_a_push_without_network(exported, hub, tmp_path: Path) -> None:
+    command = [*AUTOMODEL, "push", exported, "x"]
+    assert last_error(run(command, hub, tmp_path, WRITE, HF_ENDPOINT="http://127.0.0.1:9")) == (
+        "The Hub cannot be reached, so nothing more was sent to `x`. Check the network (and HF_ENDPOINT, if you use a "
+        "mirror). Run the same command again: files that arrived are not sent twice."
+    )

@@ -5,17 +5,25 @@ One process asks for several repositories, since starting Python costs more than
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load
 from support.hub_server import FINE, OTHER, READ, HubServer, Repo, hub_server
 from support.recipes import recipe_config
+
+from nemo_automodel.shared.hub_errors import explain, explain_push
 
 CODE = """
 import json, resource, sys
@@ -149,6 +157,66 @@ def test_offline_with_and_without_the_files(hub: HubServer, tmp_path: Path) -> N
         "look further. Give a directory, or unset HF_HUB_OFFLINE.",
     )
     assert len(hub.requests) == num_requests
+
+
+def test_offline_with_a_part_of_the_files(hub: HubServer, tmp_path: Path) -> None:
+    """The configuration is in the cache and the weights are not, which Transformers takes for a model without any."""
+    environment = hub.environment(tmp_path, READ)
+    code = "import huggingface_hub; huggingface_hub.hf_hub_download('o/open', 'config.json')"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | environment, check=True, timeout=120)
+    ((status, line),) = run(environment | {"HF_HUB_OFFLINE": "1"}, ask("o/open"))
+    assert status == 2
+    assert line.startswith(
+        "`o/open` is neither a directory here nor complete in the Hugging Face cache, and HF_HUB_OFF"
+    )
+    ((status, line),) = run(environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}, ask("o/open"))
+    assert status == 2
+    assert line.startswith("`o/open` is not in the Hugging Face cache and the Hub cannot be reached. Check the network")
+
+
+def test_other_answers_are_told_in_the_hubs_words() -> None:
+    limit = explain("o/limit", answer(429, "We had to rate limit you."))
+    assert limit is not None
+    assert limit.startswith(
+        "The Hub answers 429 for `o/limit`: too many requests from here. Wait some minutes, then run"
+    )
+    assert explain_push("o/limit", answer(429, "")) == limit
+    bill = answer(402, "Payment\n required.")
+    assert explain("o/bill", bill) == "The Hub refuses `o/bill` (402): Payment required."
+    assert explain_push("o/bill", bill) == "The Hub refuses the upload to `o/bill` (402): Payment required."
+    assert explain_push("o/bill", answer(404, "")) == (
+        "The Hub has no account or organisation to hold `o/bill` (404). Check the part before the slash."
+    )
+
+
+def answer(status: int, words: str) -> HfHubHTTPError:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    return HfHubHTTPError("refused", response=response, server_message=words)
+
+
+def test_an_adapter_in_the_place_of_a_model(hub: HubServer, tmp_path: Path) -> None:
+    hub.repos["o/adapter"] = Repo(files={"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+    assert run(hub.environment(tmp_path, READ), ask("o/adapter")) == [
+        (
+            2,
+            "`o/adapter` has no config.json on the Hub, so it is no whole model. If it is an adapter, fetch it with hf "
+            "download o/adapter --local-dir adapter, and name that directory.",
+        )
+    ]
+
+
+def test_nobody_is_told_of_a_model_without_safetensors(hub: HubServer, files, tmp_path: Path) -> None:
+    """Transformers would ask a service to convert it, and give it the token of a private one."""
+    content = io.BytesIO()
+    torch.save(load(files["model.safetensors"]), content)
+    pickled = {name: data for name, data in files.items() if name != "model.safetensors"}
+    hub.repos["o/bin"] = Repo(files=pickled | {"pytorch_model.bin": content.getvalue()})
+    environment = hub.environment(tmp_path, READ)
+    del environment["HF_HUB_DISABLE_TELEMETRY"]
+    assert run(environment, ask("o/bin")) == [(0, "")]
+    asked = {path for _, path, _ in hub.requests}
+    assert any(path.endswith("/pytorch_model.bin") for path in asked)
+    assert not [path for path in asked if "o/bin" not in path or "/commits/" in path or "/discussions" in path]
 
 
 def test_data_sets(hub: HubServer, squad_dir: Path, model_dirs, tmp_path: Path) -> None:

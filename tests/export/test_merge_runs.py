@@ -135,6 +135,42 @@ def test_a_wrong_alpha_in_the_file_is_caught(runs, tmp_path: Path, capsys) -> No
     assert not (tmp_path / "m").exists()
 
 
+def test_a_wrong_alpha_of_one_layer_is_caught(runs, tmp_path: Path, capsys) -> None:
+    checkpoint = copied(runs("lora"), tmp_path)
+    path = checkpoint / "model/adapter_config.json"
+    layer = "model.layers.1.mlp.up_proj"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {layer: 32}}))
+    error = run_merge(checkpoint, tmp_path / "m", capsys)
+    assert f"says `alpha / rank of {layer}` = 8.0, but the run was trained with 4.0 (config.yaml)" in error
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(runs, tmp_path: Path) -> None:
+    """Files of more than 20 kB cannot be written; every format is tried in one process."""
+    code = """
+import json, resource, signal, sys
+from nemo_automodel.cli.app import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+print([main(words) for words in json.loads(sys.argv[1])])
+"""
+    out = ["-o", str(tmp_path / "out/full"), "--device", "cpu", "--no-certificate"]
+    commands = [
+        ["merge", str(runs("lora")), *out],
+        ["export", str(runs("sft")), "--to", "hf", *out],
+        ["export", str(runs("dcp")), "--to", "hf", *out],
+        ["export", str(runs("lora")), "--to", "gguf", *out],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, json.dumps(commands)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[2, 2, 2, 2]", done.stderr[-3000:]
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: `{tmp_path}/out/full` cannot be written: File too large. Make room there or name another place with "
+        "--out; nothing was left of it."
+    ] * 4
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_zero_lora_b_is_caught(runs, tmp_path: Path, capsys) -> None:
     checkpoint = copied(runs("lora"), tmp_path)
     path = checkpoint / "model/adapter_model.safetensors"
@@ -282,11 +318,16 @@ def test_the_older_spelling(runs, tmp_path: Path) -> None:
 def test_mistakes(runs, tmp_path: Path, capsys) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("x")
+    cut = tmp_path / "cut"
+    shutil.copytree(runs("sft") / "model", cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1000])
     for words, message in (
         (["merge", str(runs("sft")), "-o", str(tmp_path / "x")], "is no adapter: all its weights are there already"),
         (["merge", str(tmp_path / "gone"), "-o", str(tmp_path / "x")], "holds no model"),
         (["merge", str(runs("lora")), "-o", str(tmp_path / "full")], "exists and is not empty"),
         (["merge", str(runs("lora")), "-o", str(tmp_path / "x"), "--merge-into", "rounded"], "4- or 8-bit base"),
+        (["merge", str(runs("lora")), "-o", str(tmp_path / "x"), "--device", "gpu"], "`device: gpu` is not a device"),
+        (["export", str(cut), "--to", "hf", "-o", str(tmp_path / "x")], "is damaged or only partly there"),
         (["merge", str(runs("lora")), "-o", str(tmp_path / "x"), "--dtype", "int4"], "`--dtype: int4` is not a dtype"),
     ):
         assert main(words) == 2

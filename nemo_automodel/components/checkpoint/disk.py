@@ -10,13 +10,13 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import IO
 
 from nemo_automodel.components.checkpoint.layout import temporary_path
 from nemo_automodel.shared.errors import UserError
+from nemo_automodel.shared.system_errors import system_error
 
 _GIB = 2**30
 _LOCK_FILE = ".lock"
@@ -112,21 +112,10 @@ def explain_write_failure(directory: Path, error: BaseException) -> str | None:
 
     Writers wrap the system's error: as a cause or context, in a dictionary of ranks, or only in words.
     """
-    system_error = _system_error(error)
-    if system_error is None and shutil.disk_usage(directory).free < _FULL_BELOW_NUM_BYTES:
-        system_error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return None if system_error is None else f"{_reason(system_error, directory)} {_remedy(system_error)}"
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error
-        in_words = re.search(r"\(os error (\d+)\)", str(error))
-        if in_words:
-            return OSError(int(in_words[1]), os.strerror(int(in_words[1])))
-        error = error.__cause__ or error.__context__
-    return None
+    found = system_error(error)
+    if found is None and shutil.disk_usage(directory).free < _FULL_BELOW_NUM_BYTES:
+        found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None if found is None else f"{_reason(found, directory)} {_remedy(found)}"
 
 
 def _reason(error: OSError, directory: Path) -> str:
