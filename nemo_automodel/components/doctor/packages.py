@@ -20,7 +20,8 @@ from nemo_automodel.components.doctor.findings import NOTE, OK, PROBLEM, WARNING
 
 PROJECT = "nemo-automodel"
 ROOT = Path(nemo_automodel.__file__).resolve().parents[1]
-_DEVELOPERS = "dev"
+_NOT_FOR_ALL = ("dev", "hopper")
+"""Extras for developers, and for one kind of GPU: `gpu.assembler` speaks of it there."""
 _ENABLES = {
     "qlora": "bases in 4 or 8 bits (QLoRA)",
     "kernels": "the fast layers, where PyTorch did not bring Triton",
@@ -184,7 +185,7 @@ def _own_requirements() -> list[Requirement]:
 def _extras() -> dict[str, list[Requirement]]:
     names = metadata.metadata(PROJECT).get_all("Provides-Extra") or []
     own = _own_requirements()
-    return {name: [r for r in own if applies(r, name)] for name in names if name != _DEVELOPERS}
+    return {name: [r for r in own if applies(r, name)] for name in names if name not in _NOT_FOR_ALL}
 
 
 def has_pip() -> bool:
