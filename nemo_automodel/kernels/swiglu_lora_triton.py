@@ -3,8 +3,8 @@
 A program owns some rows and a piece of the columns, so a row's products of low rank come as one partial sum for each
 piece, fp32, added up afterwards in a fixed order: results do not depend on timing.
 
-What they wait for is memory, on an H100 with 8192 rows of 14336 columns: 0.47 ms at least forward and backward together
-and twice that read and written on the way back. So tiles are asked for while the one before is worked on
+What they wait for is memory: with 8192 rows of 14336 columns on an H100 0.24 ms forward and 0.47 ms on the way back, at
+3 TB/s, for 6 and 12 bytes an element. So tiles are asked for while the one before is worked on
 (``num_stages``), which the products need anyway, and what stays the same over a program's columns, the narrow factors
 of its rows, is read once. Places within a tile are counted in 32 bits from its first row: 64 bits for each of them
 took as many registers as the numbers themselves, and half as many programs ran side by side.

@@ -41,8 +41,8 @@ def run_safely(function: Callable[[], Any], *, debug: bool | None = None) -> int
 
     A ``UserError``, a full disk, a missing permission, a full GPU or an operation that adds in no fixed order where one
     is wanted prints ``error: …`` on one line of stderr and gives 2; a run stopped before the machine swaps gives 3, one
-    that lost one of its processes 4; Ctrl-C gives 130, and so 128 plus its number does another signal before the first
-    step; anything else is a defect and keeps its traceback.
+    that lost one of its processes 4; Ctrl-C gives 130, and another signal before the first step 128 plus its number;
+    anything else is a defect and keeps its traceback.
 
     Args:
         function: what to run; its result, if a whole number, is the status.

@@ -19,8 +19,8 @@ def judge_assembler(path: Path, ran: Ran, pip: str) -> Finding:
     check, fix = "gpu.assembler", (f"{pip} '{PACKAGE}'",)
     why = (
         "Versions before 13.3 may compile kernels for Hopper wrongly: compiled layers, and the attention of packed "
-        "rows in families without fast layers. The project's own kernels avoid it, which costs LoRA 1 to 3 % of its "
-        "speed. A newer one is found by itself; it needs PyTorch and a driver for CUDA 13."
+        "rows in families without fast layers. The project's own kernels avoid it, which costs LoRA 2 to 3 % of its "
+        "speed under dropout. A newer one is found by itself; it needs PyTorch and a driver for CUDA 13."
     )
     version = read_version(ran.output)
     if not ran.is_good or version is None:
