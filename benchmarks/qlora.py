@@ -91,6 +91,8 @@ def main() -> int:
     parser.add_argument("--grad-accum", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--loss-rows", type=int, default=linear_ce.CHUNK_ROWS, help="rows of a chunk of logits")
     parser.add_argument("--embeddings-on-host", action="store_true")
+    parser.add_argument("--card-gib", type=float, help="give tensors no more memory than this, as a smaller card would")
+    parser.add_argument("--skip-profile", action="store_true", help="only time steps, without a trace of one")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--skip-checks", action="store_true", help="only time steps")
@@ -101,6 +103,8 @@ def main() -> int:
     arguments = {key: str(value) for key, value in vars(args).items()}
     record: dict[str, Any] = {"environment": environment(args.device), "arguments": arguments, "steps": {}}
     print(json.dumps(record["environment"]))
+    if args.card_gib and args.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(args.card_gib * 2**30 / torch.cuda.mem_get_info()[1])
     failures: list[str] = []
     if not args.skip_checks:
         record["kernels"] = check_kernels(args, failures)
@@ -362,7 +366,8 @@ def _time_case(text: str, case: Case, args: argparse.Namespace) -> dict[str, Any
         "build_peak_gib": build_peak,
         "timed_s": elapsed,
         "losses": losses,
-        "profile": profile(lambda: micro_batch(0), device),
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else 0.0,
+        "profile": {} if args.skip_profile else profile(lambda: micro_batch(0), device),
     }
     optimizer.zero_grad()
     return result
