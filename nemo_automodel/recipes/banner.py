@@ -88,7 +88,7 @@ def log_plan(
     settings: RunSettings, optimizer: torch.optim.Optimizer, rates: SchedulePlan, schedule: StepScheduler
 ) -> None:
     """Say how the model will be updated: the optimizer, its learning rates, the steps."""
-    logger.info("Optimizer: %s", optimizer)
+    logger.info("Optimizer: %s", str(optimizer))  # a record may be kept, and the weights with the optimizer in it
     logger.info("LR scheduler: %s", rates)
     max_tokens = settings.step_scheduler.local_batch_tokens
     logger.info(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +56,34 @@ def test_a_shared_weight_waits_for_the_end():
     optimizers[1].step()
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_nothing_stays_once_it_is_dropped():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    within = StepInBackward(optimizer)
+    within.begin()
+    model(torch.randn(4, 6)).square().sum().backward()
+    within.finish()
+    tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+    found = [weakref.ref(tensor) for tensor in tensors]
+    assert len(found) == 6 + 6 * 3, "weights, and step and two moments of each"
+    del model, optimizer, within, tensors
+    gc.collect()
+    assert [ref() for ref in found] == [None] * len(found)
+
+
+def test_gradients_stay_once_it_is_dropped():
+    model, twin = make_model(), make_model()
+    within = StepInBackward(torch.optim.SGD(model.parameters(), lr=0.1))
+    del within
+    gc.collect()
+    x = torch.randn(4, 6)
+    for one in (model, twin):
+        one(x).square().sum().backward()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

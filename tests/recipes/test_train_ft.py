@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -287,6 +289,29 @@ def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_weights(make_con
         recipe.train_step(batches)
     for p, q in zip(recipe.model.parameters(), before, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"peft": lora_section()},
+        {},
+        {"optimizer__in_backward": True, "step_scheduler__local_batch_size": 4, "clip_grad_norm__max_norm": None},
+    ],
+    ids=["adapters", "all weights", "in backward"],
+)
+@pytest.mark.parametrize("fast", ["on", "off"])
+def test_nothing_of_a_run_stays_in_memory(make_config, set_up, overrides, fast):
+    config = make_config(validates=True, step_scheduler__max_steps=2, model__fast_layers=fast, **overrides)
+    recipe = set_up(config)
+    recipe.run_train_validation_loop()
+    states = recipe.optimizer.state.values()
+    tensors = [*recipe.model.parameters(), *(value for state in states for value in state.values())]
+    found = [weakref.ref(tensor) for tensor in tensors]
+    assert len(found) >= 4 * len(states), "weights, and step and two moments of those trained"
+    del recipe, states, tensors
+    gc.collect()
+    assert sum(ref() is not None for ref in found) == 0
 
 
 # --- other shapes of a run -------------------------------------------------------------------------------------------

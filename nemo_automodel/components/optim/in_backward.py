@@ -16,9 +16,11 @@ of moving all weights there and back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -29,6 +31,8 @@ class StepInBackward:
 
     ``shared`` are weights to which one backward pass adds more than once, such as an embedding that is the head as
     well: they wait for `finish`.
+
+    Whoever wants the steps keeps this object: once it is gone, backward passes leave their gradients as usual.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, shared: Sequence[torch.Tensor] = ()) -> None:
@@ -45,8 +49,11 @@ class StepInBackward:
         self._is_rehearsal = False
         self._new_states: list[Any] = []
         """What the optimizer would keep from now on; the rehearsal holds its memory."""
+        # torch holds a parameter's hooks where the garbage collector does not look, so one that held its parameter,
+        # as this object does, would keep model and optimizer for ever
+        release = partial(_call_if_there, WeakMethod(self._release))
         for parameter in self._own:
-            parameter.register_post_accumulate_grad_hook(self._release)
+            parameter.register_post_accumulate_grad_hook(release)
 
     @property
     def has_updated(self) -> bool:
@@ -138,6 +145,12 @@ class StepInBackward:
                     state.update(kept)
             for group, numbers in zip(optimizer.param_groups, groups, strict=True):
                 group.update(numbers)
+
+
+def _call_if_there(find: WeakMethod[Callable[[torch.Tensor], None]], parameter: torch.Tensor) -> None:
+    method = find()
+    if method is not None:
+        method(parameter)
 
 
 def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
