@@ -37,6 +37,7 @@ from nemo_automodel.components._peft.lora import PeftConfig, apply_lora
 from nemo_automodel.components.quantization.config import CompileConfig
 from nemo_automodel.components.quantization.qat import fake_quantize
 from nemo_automodel.components.training.memory_watch import MemoryFloor
+from nemo_automodel.shared import read_ahead
 from nemo_automodel.shared.errors import UserError
 from nemo_automodel.shared.imports import is_available
 
@@ -170,10 +171,11 @@ def _blueprint(plan: AssemblyPlan, default_dtype: torch.dtype) -> streamed_load.
 
 
 def _load(plan: AssemblyPlan, source: str) -> PreTrainedModel:
+    read_ahead.stop()
     four_bit = None if plan.quantization is None else plan.quantization.four_bit
-    # weights that stay as they are come in a stream where the memory has a floor: where the GPU shares it
+    # weights that stay as they are come in a stream on their way to a GPU, and wherever the memory has a floor
     is_plain = plan.quantization is None and plan.config.to_dict().get("quantization_config") is None
-    if four_bit is None and not (is_plain and plan.floor is not None):
+    if four_bit is None and not (is_plain and (plan.floor is not None or plan.device.type == "cuda")):
         return _load_with_transformers(plan, source)
     with readable_errors(source):
         files = streamed_load.find_files(source, plan.hub)

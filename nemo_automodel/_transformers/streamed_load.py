@@ -2,9 +2,9 @@
 
 The model is built on the meta device, where weights have shapes and no memory. `fill` then reads the files in the order
 of their bytes (`shard_reader`), puts each tensor where it belongs, on its device, and forgets it: the host holds one
-tensor on a CPU and a buffer of 32 MB on a GPU. `quantized_load` packs tensors on the way, `load_plain` leaves them as
-they are. The usual way, Transformers', maps whole files into memory. That is as good where the GPU has memory of its
-own, and it is what is done there; where it has not, the pages of the files compete with the model.
+tensor on a CPU and buffers of 64 MB on a GPU. `quantized_load` packs tensors on the way, `load_plain` leaves them as
+they are. The usual way, Transformers', maps whole files into memory: slower than the disk, and where the GPU has no
+memory of its own, the pages of the files compete with the model. It is left to models on a CPU.
 
 With a floor under the machine's memory, what a tensor takes is asked for before it is read, and what was read leaves
 the cache of files: its pages count as used when a GPU that shares the memory asks for some.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -162,10 +163,13 @@ def fill(
     if floor is not None:
         floor.require(filling.num_bytes, "the model")
     asking = names if floor is None else _asking_first(names, files, floor)
-    stream = read_tensors(files.index, asking, blueprint.device, drops_unwritten=floor is not None)
+    started = time.perf_counter()
+    stream = read_tensors(files.index, asking, blueprint.device, drops_cached=floor is not None)
     for name, tensor, state in _grouped(stream, files):
         filling.put(model.get_submodule(name.rpartition(".")[0]), name, tensor, state)
         del tensor, state
+    num_bytes = sum(files.index[name].num_bytes for name in names)
+    logger.info("Weights: %.1f GB read in %.1f s.", num_bytes / 1e9, time.perf_counter() - started)
     finish(model, blueprint)
     if (files.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(files.directory)

@@ -115,6 +115,7 @@ def _run_config(words: list[str], command: list[str], recipe: str | None = None)
     from nemo_automodel.recipes.section_rules import recipe_name
     from nemo_automodel.recipes.settings import load_settings
     from nemo_automodel.recipes.several import check_several, refuse_benchmark
+    from nemo_automodel.recipes.weights_ahead import read_weights_ahead
 
     line = parse_command_line(words, takes_positional)
     config = load_config(line)
@@ -127,6 +128,7 @@ def _run_config(words: list[str], command: list[str], recipe: str | None = None)
         check_several(settings, num_processes)
         if path.endswith(_BENCHMARK_RECIPE):
             refuse_benchmark(num_processes)
+        read_weights_ahead(settings)
         if num_processes > 1:
             return launch(command, num_processes)
     run = resolve_recipe(path)(config)

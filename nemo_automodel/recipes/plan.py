@@ -34,7 +34,7 @@ _PROCESS_GIB = 4.0
 """Host memory of a training process beside its tensors."""
 _SHARD_GIB = 5.0
 """Weight files are seldom larger."""
-_BUFFER_GIB = 1 / 32
+_BUFFER_GIB = 1 / 16
 """What the host holds of a file that is read in a stream, as all are on unified memory."""
 
 
