@@ -122,7 +122,7 @@ def test_on_unified_memory_loading_counts_on_both_sides(recipe, capsys):
     _, found = plan(capsys, path, "--gpu", "gb10", "--seq-len", "16")
     at_load = found["load_host_gib"] + found["load_device_gib"]
     assert found["needed_gib"] == pytest.approx(max(at_load, sum(found["memory_gib"].values()) + 4), abs=0.05)
-    assert found["load_host_gib"] == pytest.approx(4 + 1 / 32, abs=0.01)
+    assert found["load_host_gib"] == pytest.approx(4 + 1 / 16, abs=0.01)
 
 
 def test_an_unknown_gpu_is_one_line(recipe, capsys):
