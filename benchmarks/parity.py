@@ -19,12 +19,12 @@ LoRA r 16 on all projections; weights, data, order and seed are the same, and on
 | sft_kept | the same, and the optimizer keeps 24 bits of each weight | | |
 | sft_fp8 | that with products in 8 bits | sft_kept | 1 % |
 
-The oracle of LoRA is fp32. Transformers' layers in bf16 add an adapter's output to a base's output that is rounded already:
-while adapters are small, most of what they add is less than half a step of bf16 and gets lost, so that case learns less
-in its first steps than fp32 and than fast layers, which round the sum once. Where all weights learn nothing of that
-kind is added, and what counts is that both paths round the same weights the same way. AdamW over weights in bf16 rounds
-nearly every update of this run away, so that what 8 bits did to the base is never learned back: what FP8 costs a
-training run is seen where updates are kept (`flash_adamw`, package flashoptim).
+The oracle of LoRA is fp32. Transformers' layers in bf16 add an adapter's output to a base's output that is rounded
+already: while adapters are small, most of what they add is less than half a step of bf16 and gets lost, so that case
+learns less in its first steps than fp32 and than fast layers, which round the sum once. Where all weights learn nothing
+of that kind is added, and what counts is that both paths round the same weights the same way. AdamW over weights in
+bf16 rounds nearly every update of this run away, so that what 8 bits did to the base is never learned back: what FP8
+costs a training run is seen where updates are kept (`flash_adamw`, package flashoptim).
 
 Two gates for each: the loss smoothed over a sixth of the run never differs by more than the tolerance, and neither does
 the loss on held-out rows after the last step. Exit status 1 when a gate is missed or a case does not run. Beside the
