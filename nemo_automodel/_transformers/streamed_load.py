@@ -28,6 +28,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from nemo_automodel._transformers.model_source import read_json
 from nemo_automodel._transformers.shard_reader import StoredTensor, read_index, read_tensors
@@ -193,6 +194,8 @@ def plain_obstacle(model: PreTrainedModel, files: Files | None) -> str | None:
         return f"{type(model).__name__} is not a class of Transformers"
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
         return f"{type(model).__name__} keeps layers in fp32"
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return f"weights of {type(model).__name__} are converted as they are read"
     return names_obstacle(model, files)
 
 

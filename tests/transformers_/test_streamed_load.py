@@ -17,6 +17,7 @@ import transformers
 import yaml
 from checkpoint.tiny_run import in_child
 from safetensors.torch import load_file, save_file
+from support.other_models import OTHERS, base_model
 from support.recipes import lora_section, recipe_config
 from support.tiny import make_model_dir
 
@@ -92,6 +93,20 @@ def resident_pages(path: Path) -> int:
         assert libc.mincore(ctypes.addressof(start), size, flags) == 0
         del start
         return sum(flag & 1 for flag in flags)
+
+
+@pytest.mark.parametrize("family", sorted(OTHERS))
+def test_other_families_are_transformers_own_in_a_stream_or_not(tmp_path, family):
+    base_model(family, torch.bfloat16).save_pretrained(tmp_path / "m")
+    model = load(tmp_path / "m", memory_floor_gib=FLOOR, torch_dtype="bfloat16")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    found, wanted = model.state_dict(), theirs.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    buffers = dict(theirs.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
 
 
 @pytest.mark.parametrize("names_fit", [True, False], ids=["in a stream", "by Transformers"])
