@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from nemo_automodel.shared.errors import UserError
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,6 +32,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -57,7 +61,11 @@ class StoredTensor:
 
 
 def read_index(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return every tensor of the files by name, in the order in which they lie there."""
+    """Return every tensor of the files by name, in the order in which they lie there.
+
+    Raises:
+        UserError: a tensor has numbers of another kind.
+    """
     found: dict[str, StoredTensor] = {}
     for path in paths:
         with path.open("rb") as file:
@@ -65,6 +73,11 @@ def read_index(paths: Iterable[Path]) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in _DTYPES:
+                raise UserError(
+                    f"`{name}` in `{path}` holds numbers of the kind {entry['dtype']}, which cannot be read. Use a "
+                    f"copy of the model in one of {', '.join(_DTYPES)}."
+                )
             first, end = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             found[name] = StoredTensor(path, dtype, shape, 8 + length + first, end - first)

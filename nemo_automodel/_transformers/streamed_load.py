@@ -30,7 +30,7 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from nemo_automodel._transformers.model_source import read_json
+from nemo_automodel._transformers.model_source import check_safetensors, read_json
 from nemo_automodel._transformers.shard_reader import StoredTensor, read_index, read_tensors
 from nemo_automodel.components.quantization.bnb_format import STATE_KEYS
 from nemo_automodel.components.training.memory_watch import MemoryFloor
@@ -86,7 +86,11 @@ class Files:
 
 
 def find_files(source: str, hub: dict[str, Any]) -> Files | None:
-    """Return the safetensors files of a directory or of a Hub name, fetched if need be; None if there are none."""
+    """Return the safetensors files of a directory or of a Hub name, fetched if need be; None if there are none.
+
+    Raises:
+        UserError: one is damaged, or holds numbers of a kind that PyTorch does not have.
+    """
     directory, inner = Path(source), hub.get("subfolder", "")
     if not directory.is_dir():
         keywords = {key: value for key, value in hub.items() if key != "subfolder"}
@@ -99,7 +103,10 @@ def find_files(source: str, hub: dict[str, Any]) -> Files | None:
         shards = [_SINGLE]
     else:
         return None
-    return Files(directory, read_index(directory / shard for shard in shards))
+    paths = [directory / shard for shard in shards]
+    for path in paths:
+        check_safetensors(path)
+    return Files(directory, read_index(paths))
 
 
 def build_empty(blueprint: Blueprint) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from nemo_automodel._transformers import shard_reader
 from nemo_automodel._transformers.shard_reader import read_index, read_tensors
+from nemo_automodel.shared.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -62,7 +63,7 @@ def test_names_are_taken_a_few_pieces_ahead_and_tensors_are_not_kept(tmp_path, t
     kept = weakref.ref(tensor)
     del tensor
     assert kept() is None
-    held = [x for x in gc.get_objects() if isinstance(x, shard_reader._Arriving) and x.name == name]
+    held = [x for x in gc.get_objects() if type(x) is shard_reader._Arriving and x.name == name]
     assert not any(hasattr(x, "raw") for x in held)
 
 
@@ -81,3 +82,11 @@ def test_leaving_early_closes_files_and_ends_threads(tmp_path, tensors):
     next(stream)
     stream.close()
     assert set(os.listdir("/proc/self/fd")) <= open_before
+
+
+def test_numbers_of_another_kind_are_one_line(tmp_path):
+    save_file({"a": torch.zeros(4, dtype=torch.int16)}, tmp_path / "1.safetensors")
+    raw = (tmp_path / "1.safetensors").read_bytes()
+    (tmp_path / "1.safetensors").write_bytes(raw.replace(b'"I16"', b'"F99"'))
+    with pytest.raises(UserError, match=r"`a` in `.*1.safetensors` holds numbers of the kind F99, .* Use a copy"):
+        read_index(paths(tmp_path))

@@ -28,7 +28,7 @@ from nemo_automodel.components.checkpoint.layout import complete_checkpoints, st
 from nemo_automodel.components.training.memory_watch import MemoryFloor
 from nemo_automodel.recipes import memory_watch as recipe_watch
 from nemo_automodel.recipes import run_setup
-from nemo_automodel.shared.errors import LowMemoryStop
+from nemo_automodel.shared.errors import LowMemoryStop, UserError
 from nemo_automodel.shared.memory import GIB, Memory
 
 IDS = torch.randint(4, 400, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -107,6 +107,19 @@ def test_other_families_are_transformers_own_in_a_stream_or_not(tmp_path, family
         assert torch.equal(found[name], tensor), name
     buffers = dict(theirs.named_buffers())
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+
+
+def test_a_damaged_file_of_the_hubs_cache_is_one_line(tmp_path):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    make_model_dir(snapshot)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0" * 40)
+    keywords = {"device": "cpu", "cache_dir": str(tmp_path), "memory_floor_gib": FLOOR}
+    NeMoAutoModelForCausalLM.from_pretrained("some/model", **keywords)
+    file = snapshot / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(UserError, match=r"model.safetensors` is damaged or only partly there .* Copy or download"):
+        NeMoAutoModelForCausalLM.from_pretrained("some/model", **keywords)
 
 
 @pytest.mark.parametrize("names_fit", [True, False], ids=["in a stream", "by Transformers"])
