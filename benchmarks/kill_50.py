@@ -279,8 +279,8 @@ def run_kind(kind: str, num_kills: int, args: argparse.Namespace, work: Path) ->
             raise SystemExit(f"the run ended (status {session.close()}) before all kills; raise --steps. See {log}")
         kills.append({"data": kind, "phase": phase, "where": where, "records": session.num_steps()})
         print(f"kill {len(kills):>3}: {phase:<11} {where}", flush=True)
-    resumes = log.read_text().count("Going on from")
     status = Session(config, killed, log).close()
+    resumes = log.read_text().count("Going on from")  # the last start is one, too
     found = differences(whole, killed) if status == 0 else [f"the last start ended with status {status}"]
     print(f"{kind}: {'equal' if not found else 'DIFFERENT: ' + ', '.join(found)}", flush=True)
     return {"resumes": resumes, "different": found, "log": kills}
